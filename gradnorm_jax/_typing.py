@@ -1,0 +1,31 @@
+"""The shared words: what the signatures of this package speak of."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+#: Any pytree of arrays. `None` and `optax.MaskedNode` hold no leaf and pass by.
+Tree = Any
+#: One order of a norm: a number p >= 1, `inf`, or the word "rms".
+Ord = float | str
+#: What tells the groups of a tree: `{pattern: label}`, `name -> label`, or labels.
+Groups = Mapping[str, str] | Callable[[str], Hashable] | Tree
+#: One value for every leaf, or `{pattern: value}` for the leaves it names.
+Axis = int | tuple[int, ...]
+PerLeaf = Axis | Mapping[str, Axis]
+#: A number that is known, or one that is traced.
+Scalar = float | jax.Array
+
+
+class Bound(NamedTuple):
+    """How large a norm may be.
+
+    Attributes:
+      limit: The largest norm that passes as it is; infinity where none is clipped.
+      center: What a rule pulls larger norms toward; 0 except for rules with a trigger
+        above their target.
+    """
+
+    limit: jax.Array
+    center: jax.Array | float = 0.0
