@@ -1,0 +1,73 @@
+"""APPLY: what a norm above its limit becomes, and the factors that make it so."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradnorm_jax._typing import Bound, Scalar
+
+# Past this, limit / norm may be too small or too large for one float32 factor.
+_FAR = 2.0**100
+
+
+class Shrink(NamedTuple):
+    """What a norm becomes, as a function of the norm and its bound.
+
+    Attributes:
+      name: By which it is shown.
+      target: `(norms, Bound) -> norms`, elementwise; a norm that comes back as it was
+        leaves its part as it was.
+    """
+
+    name: str
+    target: Callable[[jax.Array, Bound], jax.Array]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Scaling(NamedTuple):
+    """How each part is scaled: not at all where `keep`, else by `coarse * fine`."""
+
+    keep: jax.Array
+    coarse: jax.Array
+    fine: jax.Array
+
+    @property
+    def scales(self) -> jax.Array:
+        """The factor for each part; 1 where it is kept."""
+        return jnp.where(self.keep, 1, self.coarse * self.fine)
+
+    def scale(self, norms: jax.Array) -> jax.Array:
+        """The norm of each part once it is scaled."""
+        return jnp.where(self.keep, norms, norms * self.coarse * self.fine)
+
+
+def scaling(
+    norms: jax.Array, bound: Bound, shrink: Shrink, eps: Scalar = 0.0
+) -> Scaling:
+    """Returns the factors that bring each norm to what it should become.
+
+    A norm of 0 and a limit of infinity keep their part. A norm that is not finite
+    gives the scale NaN.
+    """
+    limit = jnp.maximum(bound.limit, 0)
+    measured = norms + eps
+    target = shrink.target(measured, bound._replace(limit=limit))
+    keep = (target == measured) | (norms == 0) | (limit == jnp.inf)
+    coarse = jnp.where(measured > _FAR, 1 / _FAR, 1)
+    coarse = jnp.where(measured < 1 / _FAR, _FAR, coarse).astype(norms.dtype)
+    fine = target / jnp.where(norms == 0, 1, measured * coarse)
+    return Scaling(keep, coarse, jnp.where(jnp.isfinite(norms), fine, jnp.nan))
+
+
+#: A larger norm becomes the limit: the direction stays, the length is bounded.
+rescale = Shrink("rescale", lambda norms, bound: jnp.minimum(norms, bound.limit))
+#: Every norm becomes the limit, smaller ones too: normalized gradient descent.
+normalize = Shrink(
+    "normalize", lambda norms, bound: jnp.broadcast_to(bound.limit, norms.shape)
+)
+
+__all__ = ["Scaling", "Shrink", "normalize", "rescale"]
