@@ -1,0 +1,228 @@
+"""THE CORRIDOR: gradients to norms, to limits, to clipped gradients, to the record."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradnorm_jax import _trees, kernels
+from gradnorm_jax._layout import Layout
+from gradnorm_jax._typing import Scalar, Tree
+from gradnorm_jax.norms import granularity as norms_by
+from gradnorm_jax.norms.fold import Norm, accumulator, l2
+from gradnorm_jax.norms.granularity import Granularity, whole_tree
+from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
+from gradnorm_jax.telemetry import ClipMetrics, ClipState, fraction
+from gradnorm_jax.thresholds import Context, Threshold, as_threshold, check_limit
+
+POLICIES = ("propagate", "zero", "drop")
+
+
+def clip_by_norm(
+    threshold: Scalar | Callable[[jax.Array], Scalar] | Threshold,
+    *,
+    granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
+    norm: Norm = l2,
+    shrink: Shrink = rescale,
+    nonfinite: str = "propagate",
+    eps: Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales gradients down where their norm exceeds a threshold.
+
+    For each part :math:`p` that ``granularity`` tells apart, with norm :math:`n_p`
+    and a limit :math:`c_p` that ``threshold`` decides from the norms seen so far,
+
+    .. math:: g_p \leftarrow \frac{\mathrm{shrink}(n_p, c_p)}{n_p} \, g_p .
+
+    By default this is the clip by global norm. The methods in
+    :mod:`gradnorm_jax.methods` are calls of this function.
+
+    Args:
+      threshold: A limit for every part, a function of the step, or a rule from
+        :mod:`gradnorm_jax.thresholds`.
+      granularity: What has one norm: ``whole_tree()``, ``per_leaf()``,
+        ``per_group(...)``, ``per_unit()``.
+      norm: Which norm is taken of a part: ``l2``, ``l1``, ``linf``, ``lp(p)``, ``rms``.
+      shrink: What a norm above its limit becomes: ``rescale`` (the limit), or
+        ``normalize`` (the limit, and so do smaller ones).
+      nonfinite: What becomes of a norm that is NaN or infinite. "propagate": its part
+        becomes NaN. "zero": all updates of the step are zero, and the rule's memory
+        stays. "drop": only the parts without a finite norm are zero.
+      eps: Added to the norm; with 1e-6 the scale is that of PyTorch,
+        min(1, max_norm / (norm + eps)), which shrinks a norm at its limit too.
+
+    Returns:
+      A transformation whose state is a :class:`ClipState`: the rule's memory, and
+      the :class:`ClipMetrics` of the last step. ``update`` takes the extra argument
+      ``norms``: norms computed elsewhere, of the shape of ``metrics.norms``, by which
+      it then clips without measuring.
+
+    Guarantees:
+      - No norm exceeds its limit after ``rescale``, to rounding.
+      - With ``eps=0``, a part with ``norm <= limit`` comes out bit for bit as it went
+        in.
+      - Direction, tree structure and dtypes never change. Norms are float32 or wider,
+        and right wherever they fit into it, though their squares may not.
+      - ``init`` and ``update`` return one tree structure: the state rides in `scan`.
+      - ``None`` and ``optax.MaskedNode`` in place of a leaf pass by.
+
+      =================  =========================  ====================
+      a part with        becomes                    ``metrics.scales``
+      =================  =========================  ====================
+      norm 0             itself                     1
+      limit inf          itself, whatever it holds  1
+      limit 0            0                          0
+      a NaN or an inf    NaN (``"propagate"``)      NaN
+      a NaN or an inf    0 (``"zero"``, ``"drop"``) 0
+      =================  =========================  ====================
+
+    Raises:
+      ValueError: If ``threshold`` or ``eps`` is a negative number, or ``nonfinite`` no
+        policy. By ``update``: if the rule needs ``params`` and gets none.
+      TypeError: By ``init`` and ``update``: if a leaf is of an integer dtype.
+
+    Example:
+      >>> clip = clip_by_norm(1.0)
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> clipped, state = clip.update(grads, clip.init(grads))
+      >>> print(clipped["w"], state.metrics.norms)
+      [0.6 0.8] 5.0
+
+    References:
+      Pascanu et al., `On the difficulty of training recurrent neural networks
+      <https://arxiv.org/abs/1211.5063>`_, 2013
+    """
+    rule = as_threshold(threshold, "clip_by_norm(threshold=...)")
+    _check(granularity, norm, shrink, nonfinite, eps)
+
+    def init(params: Tree) -> ClipState:
+        _, leaves, _ = _trees.flatten(params, "clip_by_norm(...).init(params)")
+        shape = granularity.layout(params).part_shape
+        zeros = jnp.zeros(shape, accumulator(leaves))
+        memory = rule.init(zeros)
+        return ClipState(jnp.zeros((), jnp.int32), memory, ClipMetrics.zeros(zeros))
+
+    def update(
+        updates: Tree,
+        state: ClipState,
+        params: Tree | None = None,
+        *,
+        norms: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, ClipState]:
+        del extra_args
+        _, leaves, treedef = _trees.flatten(
+            updates, "clip_by_norm(...).update(updates)"
+        )
+        layout = granularity.layout(updates)
+        previous = state.metrics
+        dtype = previous.norms.dtype
+
+        # MEASURE
+        if norms is None:
+            measured, sound = norms_by.measure(layout, leaves, norm)
+            first_bad = norms_by.first_nonfinite_leaf(layout, sound)
+        else:
+            measured = jnp.broadcast_to(jnp.asarray(norms), previous.norms.shape)
+            first_bad = previous.first_nonfinite_leaf * 0 - 1
+        measured = measured.astype(dtype)
+
+        # DECIDE
+        param_norms = None
+        if rule.needs_params:
+            param_norms = _param_norms(params, granularity, norm).astype(dtype)
+        context = Context(state.step, param_norms)
+        bound = rule.decide(state.memory, measured, context)
+
+        # APPLY
+        factors = scaling(measured, bound, shrink, eps)
+        bad = ~jnp.isfinite(measured) & ~factors.keep
+        zero = _zeroed(bad, nonfinite)
+        clipped = [
+            _apply(layout, position, x, factors, zero)
+            for position, x in enumerate(leaves)
+        ]
+
+        # RECORD
+        scales = jnp.where(zero, 0, factors.scales).astype(dtype)
+        any_bad = jnp.any(~jnp.isfinite(measured))
+        after = jnp.where(zero, 0, factors.scale(measured))
+        learned = rule.observe(state.memory, measured, after, context)
+        memory = jax.tree.map(
+            lambda old, new: jnp.where(any_bad, old, new), state.memory, learned
+        )
+        was_clipped = ~factors.keep & ~bad
+        metrics = ClipMetrics(
+            norms=measured,
+            limits=jnp.maximum(bound.limit, 0).astype(dtype),
+            scales=scales,
+            num_clipped=jnp.sum(was_clipped, dtype=jnp.int32),
+            clip_rate=previous.clip_rate,
+            consecutive_clipped=jnp.where(
+                was_clipped, previous.consecutive_clipped + 1, 0
+            ),
+            nonfinite_count=previous.nonfinite_count + any_bad,
+            first_nonfinite_leaf=first_bad,
+        )
+        gain = (fraction(metrics) - previous.clip_rate) / (state.step + 1)
+        metrics = metrics._replace(clip_rate=previous.clip_rate + gain)
+        step = optax.safe_increment(state.step)
+        return jax.tree.unflatten(treedef, clipped), ClipState(step, memory, metrics)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _apply(
+    layout: Layout, position: int, x: jax.Array, factors: Scaling, zero: jax.Array
+) -> jax.Array:
+    """Scales one leaf by the factors of its parts, and sets it to zero where asked."""
+    own = [layout.spread(values, position) for values in (*factors, zero)]
+    if any(values is None for values in own):
+        return x
+    *scaled_by, zeroed = own
+    return jnp.where(zeroed, 0, kernels.scale(x, *scaled_by))
+
+
+def _zeroed(bad: jax.Array, nonfinite: str) -> jax.Array:
+    match nonfinite:
+        case "propagate":
+            return jnp.zeros_like(bad)
+        case "zero":
+            return jnp.broadcast_to(jnp.any(bad), bad.shape)
+    return bad
+
+
+def _param_norms(
+    params: Tree | None, granularity: Granularity, norm: Norm
+) -> jax.Array:
+    if params is None:
+        raise ValueError(
+            "`clip_by_norm(...).update(params=...)` must be given: the threshold is"
+            " relative to the norms of the parameters. Call"
+            " `tx.update(grads, state, params)`."
+        )
+    return granularity.measure(params, norm)
+
+
+def _check(granularity: Any, norm: Any, shrink: Any, nonfinite: Any, eps: Any) -> None:
+    for argument, value, kind, way_out in (
+        ("granularity", granularity, Granularity, "`whole_tree()` or `per_leaf()`"),
+        ("norm", norm, Norm, "`gradnorm_jax.norms.l2` or `gradnorm_jax.norms.lp(3)`"),
+        ("shrink", shrink, Shrink, "`gradnorm_jax.shrink.rescale`"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"`clip_by_norm({argument}=...)` must be a {kind.__name__} such as"
+                f" {way_out}, got {value!r}."
+            )
+    if nonfinite not in POLICIES:
+        raise ValueError(
+            f"`clip_by_norm(nonfinite=...)` must be one of {POLICIES}, got"
+            f" {nonfinite!r}."
+        )
+    check_limit(eps, "clip_by_norm(eps=...)")
+
+
+__all__ = ["clip_by_norm"]

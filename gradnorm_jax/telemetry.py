@@ -1,0 +1,230 @@
+"""RECORD: what a clip and a watch keep in the optimizer's state, found and named.
+
+A state holds arrays of fixed shape and no names. Names come from the parameters, on
+the host: `leaf_names(params)`, `granularity.names(params)`, `columns(params)`.
+"""
+
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from gradnorm_jax import _layout
+from gradnorm_jax._layout import Layout
+from gradnorm_jax._typing import Groups, PerLeaf, Tree
+
+State = TypeVar("State")
+
+#: What `watch` can record, in the order of its columns.
+KINDS = ("grad", "update", "param")
+#: The columns that every row of `watch` ends with; NaN where there is none.
+SCALARS = ("loss", "clip/limit", "clip/scale", "clip/fraction")
+
+
+class ClipMetrics(NamedTuple):
+    """What a clip did in its last step.
+
+    Attributes:
+      norms: The norm of each part before the clip, float32 or wider: of shape `()` for
+        one part, else `(parts,)`, in the order of `granularity.names(params)`.
+      limits: How large each norm could be.
+      scales: By what each part was multiplied: 1 if it was left as it was, NaN if its
+        norm was not finite and that was passed on, 0 if it was set to zero.
+      num_clipped: How many parts were scaled, int32.
+      clip_rate: The share of parts that were scaled, averaged over all steps so far.
+      consecutive_clipped: For how many steps in a row each part was scaled, int32.
+      nonfinite_count: How many steps so far had a norm that was not finite, int32.
+      first_nonfinite_leaf: The first leaf whose norm was not finite in this step, as an
+        index into `leaf_names(params)`; -1 if there was none. int32.
+    """
+
+    norms: jax.Array
+    limits: jax.Array
+    scales: jax.Array
+    num_clipped: jax.Array
+    clip_rate: jax.Array
+    consecutive_clipped: jax.Array
+    nonfinite_count: jax.Array
+    first_nonfinite_leaf: jax.Array
+
+    @classmethod
+    def zeros(cls, norms: jax.Array) -> "ClipMetrics":
+        """What there is to say before the first step."""
+        zero = jnp.zeros((), jnp.int32)
+        return cls(
+            norms=norms,
+            limits=jnp.full_like(norms, jnp.inf),
+            scales=jnp.ones_like(norms),
+            num_clipped=zero,
+            clip_rate=jnp.zeros((), jnp.float32),
+            consecutive_clipped=jnp.zeros(norms.shape, jnp.int32),
+            nonfinite_count=zero,
+            first_nonfinite_leaf=jnp.full((), -1, jnp.int32),
+        )
+
+
+class ClipState(NamedTuple):
+    """The state of a clip: how many steps it took, its memory, its record."""
+
+    step: jax.Array
+    memory: Any
+    metrics: ClipMetrics
+
+
+class WatchState(NamedTuple):
+    """The state of `watch`: the inner state, and the last rows of norms.
+
+    Attributes:
+      inner_state: The state of the transformation that is watched.
+      ring: float32 `[window, columns]`; row k is in `ring[k % window]`.
+      rows: How many rows were written so far, int32.
+    """
+
+    inner_state: Any
+    ring: jax.Array
+    rows: jax.Array
+
+
+def find(state: Tree, kind: type[State]) -> list[State]:
+    """Returns every state of a kind inside any optimizer state, outermost first.
+
+    Args:
+      state: An optimizer's state, or a tree that holds one: a `TrainState`, a tuple.
+      kind: `ClipState`, `ClipMetrics` or `WatchState`.
+
+    Example:
+      >>> clip = gn.clip_by_global_norm(1.0)
+      >>> state = optax.chain(clip, optax.adam(1e-3)).init({"w": jnp.ones(3)})
+      >>> [metrics] = find(state, ClipMetrics)
+      >>> print(metrics.scales)
+      1.0
+    """
+    found = []
+    for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind)):
+        if isinstance(leaf, kind):
+            found.append(leaf)
+            found += find(tuple(leaf), kind)
+    return found
+
+
+def layout(
+    params: Tree,
+    groups: Groups | None,
+    stacked_axes: PerLeaf | None,
+    caller: str = "watch(params)",
+) -> Layout:
+    """How `watch` divides a tree: by groups, or by leaves and their layers."""
+    if groups is None:
+        return _layout.by_leaf(params, stacked_axes, caller)
+    if stacked_axes is not None:
+        raise ValueError(
+            f"`{caller.split('(')[0]}(groups=..., stacked_axes=...)`: a group has one"
+            " norm, layers and all. Give one of the two."
+        )
+    return _layout.by_group(params, groups, None, caller)
+
+
+def columns(
+    params: Tree,
+    *,
+    record: tuple[str, ...] = KINDS,
+    groups: Groups | None = None,
+    stacked_axes: PerLeaf | None = None,
+) -> tuple[str, ...]:
+    """Names the columns of the ring that `watch` keeps.
+
+    Args:
+      params: The parameters, or their shapes.
+      record: What `watch` was given.
+      groups: What `watch` was given.
+      stacked_axes: What `watch` was given.
+
+    Returns:
+      "grad/<part>", "update/<part>" and "param/<part>" for every part, then "loss",
+      "clip/limit", "clip/scale" and "clip/fraction".
+
+    Example:
+      >>> columns({"w": jnp.ones(3), "b": jnp.ones(1)}, record=("grad",))[:3]
+      ('grad/b', 'grad/w', 'loss')
+    """
+    parts = layout(params, groups, stacked_axes).part_names
+    return (*(f"{kind}/{part}" for kind in record for part in parts), *SCALARS)
+
+
+def scalars(state: Tree) -> dict[str, Any]:
+    """Returns what the clips and watches inside a state say, as a few flat scalars.
+
+    Args:
+      state: An optimizer's state, or a tree that holds one.
+
+    Returns:
+      `{name: float}`, about ten, whatever the size of the model; arrays instead of
+      floats where it is called inside `jit`. Of the outermost clip:
+
+      ===========================  ==============================================
+      `grad_norm/global_preclip`   the global norm before the clip (`whole_tree`)
+      `grad_norm/part_min_preclip` the smallest and the largest norm of a part
+      `grad_norm/part_max_preclip` (any other granularity)
+      `clip/limit`                 the smallest limit
+      `clip/scale`                 the smallest scale; 1 if nothing was clipped
+      `clip/fraction`              the share of parts clipped in this step
+      `clip/rate`                  that share, averaged over all steps so far
+      `clip/consecutive`           steps in a row that some part was clipped
+      `nonfinite/count`            steps so far with a norm that is not finite
+      `nonfinite/first_leaf`       index into `leaf_names(params)`, or -1
+      ===========================  ==============================================
+
+      A second clip has the same names under `clip2/`, and so on.
+
+    Raises:
+      ValueError: If there is no clip inside.
+
+    Example:
+      >>> tx = optax.chain(gn.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> _, state = tx.update(grads, tx.init(grads))
+      >>> record = scalars(state)
+      >>> round(record["grad_norm/global_preclip"], 3), round(record["clip/scale"], 3)
+      (5.0, 0.2)
+    """
+    found = find(state, ClipMetrics)
+    if not found:
+        raise ValueError(
+            "`scalars(state)` found no clip of gradnorm_jax inside the state. Chain"
+            " one, such as `gradnorm_jax.clip_by_global_norm(1.0)`; to only measure,"
+            " give it the limit `jnp.inf`."
+        )
+    record: dict[str, Any] = {}
+    for position, metrics in enumerate(found, start=1):
+        prefix = "" if position == 1 else f"clip{position}/"
+        record |= {prefix + key: x for key, x in _clip_scalars(metrics).items()}
+    if any(isinstance(x, jax.core.Tracer) for x in record.values()):
+        return record
+    return {key: x.item() for key, x in jax.device_get(record).items()}
+
+
+def _clip_scalars(metrics: ClipMetrics) -> dict[str, jax.Array]:
+    if metrics.norms.ndim == 0:
+        norms = {"grad_norm/global_preclip": metrics.norms}
+    else:
+        norms = {
+            "grad_norm/part_min_preclip": jnp.min(metrics.norms, initial=jnp.inf),
+            "grad_norm/part_max_preclip": jnp.max(metrics.norms, initial=0),
+        }
+    return norms | {
+        "clip/limit": jnp.min(metrics.limits, initial=jnp.inf),
+        "clip/scale": jnp.min(metrics.scales, initial=jnp.inf),
+        "clip/fraction": fraction(metrics),
+        "clip/rate": metrics.clip_rate,
+        "clip/consecutive": jnp.max(metrics.consecutive_clipped, initial=0),
+        "nonfinite/count": metrics.nonfinite_count,
+        "nonfinite/first_leaf": metrics.first_nonfinite_leaf,
+    }
+
+
+def fraction(metrics: ClipMetrics) -> jax.Array:
+    """The share of parts that were clipped in this step."""
+    return metrics.num_clipped / jnp.float32(max(metrics.norms.size, 1))
+
+
+__all__ = ["ClipMetrics", "ClipState", "WatchState", "find", "scalars"]
