@@ -137,7 +137,9 @@ def clip_by_norm(
         bound = rule.decide(state.memory, measured, context)
 
         # APPLY
-        factors = scaling(measured, bound, shrink, eps)
+        factors = kernels.apart(
+            lambda *args: scaling(*args, shrink), state.step >= 0, measured, bound, eps
+        )
         bad = ~jnp.isfinite(measured) & ~factors.keep
         zero = _zeroed(bad, nonfinite)
         clipped = [
@@ -163,10 +165,12 @@ def clip_by_norm(
             consecutive_clipped=jnp.where(
                 was_clipped, previous.consecutive_clipped + 1, 0
             ),
-            nonfinite_count=previous.nonfinite_count + any_bad,
+            nonfinite_count=previous.nonfinite_count + any_bad.astype(jnp.int32),
             first_nonfinite_leaf=first_bad,
         )
-        gain = (fraction(metrics) - previous.clip_rate) / (state.step + 1)
+        gain = (fraction(metrics) - previous.clip_rate) / (state.step + 1).astype(
+            jnp.float32
+        )
         metrics = metrics._replace(clip_rate=previous.clip_rate + gain)
         step = optax.safe_increment(state.step)
         return jax.tree.unflatten(treedef, clipped), ClipState(step, memory, metrics)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gradnorm_jax import _layout, _trees, kernels
 from gradnorm_jax._layout import Layout
@@ -115,14 +116,14 @@ def _clip_and_sum(
 ) -> tuple[Tree, jax.Array]:
     _, leaves, treedef = _trees.flatten(grads, "per-example clip")
     norms, _ = measure(layout, leaves, l2)
-    factors = scaling(norms, Bound(limits.astype(norms.dtype)), rescale)
+    factors = scaling(norms, Bound(limits.astype(norms.dtype)), 0.0, rescale)
     bad = ~jnp.isfinite(norms)
     sums = []
     for position, x in enumerate(leaves):
         keep, coarse, fine, dropped = (
             layout.spread(values, position) for values in (*factors, bad)
         )
-        wide = x.astype(jnp.result_type(x.dtype, norms.dtype))
+        wide = x.astype(np.promote_types(x.dtype, norms.dtype))
         sums.append(
             jnp.sum(jnp.where(dropped, 0, kernels.scale(wide, keep, coarse, fine)), 0)
         )

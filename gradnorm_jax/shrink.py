@@ -46,7 +46,7 @@ class Scaling(NamedTuple):
 
 
 def scaling(
-    norms: jax.Array, bound: Bound, shrink: Shrink, eps: Scalar = 0.0
+    norms: jax.Array, bound: Bound, eps: Scalar, shrink: Shrink
 ) -> Scaling:
     """Returns the factors that bring each norm to what it should become.
 

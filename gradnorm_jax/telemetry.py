@@ -224,7 +224,7 @@ def _clip_scalars(metrics: ClipMetrics) -> dict[str, jax.Array]:
 
 def fraction(metrics: ClipMetrics) -> jax.Array:
     """The share of parts that were clipped in this step."""
-    return metrics.num_clipped / jnp.float32(max(metrics.norms.size, 1))
+    return metrics.num_clipped.astype(jnp.float32) / max(metrics.norms.size, 1)
 
 
 __all__ = ["ClipMetrics", "ClipState", "WatchState", "find", "scalars"]

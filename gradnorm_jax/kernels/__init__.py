@@ -1,5 +1,11 @@
 """Fused bodies for measuring and scaling: functions on arrays that know no norms."""
 
-from gradnorm_jax.kernels._xla import fold_cells, scale, square_sums
+from gradnorm_jax.kernels._xla import (
+    apart,
+    fold_cells,
+    scale,
+    square_sums,
+    square_sums_again,
+)
 
-__all__ = ["fold_cells", "scale", "square_sums"]
+__all__ = ["apart", "fold_cells", "scale", "square_sums", "square_sums_again"]

@@ -1,6 +1,8 @@
 """The plain jax.numpy bodies: the truth that every faster body is tested against."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,10 @@ import numpy as np
 # On a CPU, XLA adds float16 numbers one at a time: a row that is converted on its own
 # and fits in a core's cache is added five times faster. Measured on 85 M entries.
 _CHUNK = 2**16
+
+# A leaf below this many entries is read again with others, up to a stack of this many.
+_SMALL = 2**16
+_STACK = 2**20
 
 
 def fold_cells(
@@ -33,26 +39,57 @@ def square_sums(
     def reduce(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         if _adds_one_by_one(x, axes):
             return jax.lax.platform_dependent(
-                x, cpu=_square_sum_in_chunks, default=lambda y: jnp.sum(squares(y))
+                x,
+                cpu=lambda y: _square_sum_in_chunks(y, dtype),
+                default=lambda y: jnp.sum(_squares(y, dtype)),
             )
-        return jnp.sum(squares(x), axes)
-
-    def squares(x: jax.Array) -> jax.Array:
-        if jnp.iscomplexobj(x):
-            real, imag = jnp.real(x).astype(dtype), jnp.imag(x).astype(dtype)
-            return real * real + imag * imag
-        x = x.astype(dtype)
-        return x * x
-
-    def _square_sum_in_chunks(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1)
-        whole = x.size // _CHUNK * _CHUNK
-        rows = jax.lax.map(
-            lambda row: jnp.sum(squares(row)), x[:whole].reshape(-1, _CHUNK)
-        )
-        return jnp.sum(rows) + jnp.sum(squares(x[whole:]))
+        return jnp.sum(_squares(x, dtype), axes)
 
     return fold_cells(reduce, leaves, kept, dtype)
+
+
+def square_sums_again(
+    leaves: Sequence[jax.Array],
+    kept: Sequence[tuple[int, ...]],
+    factors: jax.Array,
+    wanted: jax.Array,
+) -> jax.Array:
+    """Sums |factor x|^2 over each cell where it is wanted, with a factor for each cell.
+
+    Made for a branch that hardly ever runs: it is to compile fast and to hold little.
+    Small leaves of one shape are stacked and read together, up to 4 MB at a time, so
+    that there are few reductions to compile. A large leaf is read only if one of its
+    cells is wanted.
+    """
+    bounds = np.cumsum(
+        [0, *(_num_cells(x, axes) for x, axes in zip(leaves, kept, strict=True))]
+    )
+    sums, order = [], []
+    for members in _alike(leaves, kept):
+        x, axes = leaves[members[0]], kept[members[0]]
+        cells = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
+        order.append(cells)
+        shape = [n if k in axes else 1 for k, n in enumerate(x.shape)]
+
+        def read(members=members, cells=cells, shape=shape) -> jax.Array:
+            x, axes = leaves[members[0]], kept[members[0]]
+            stack = jnp.stack([leaves[i] for i in members])
+            factor = factors[cells].reshape(len(members), *shape)
+            wide = jnp.result_type(stack.dtype, factor.dtype)
+            scaled = stack.astype(wide) * factor.astype(wide)
+            summed = tuple(1 + k for k in range(x.ndim) if k not in axes)
+            return jnp.sum(_squares(scaled, factor.dtype), summed).reshape(-1)
+
+        if x.size < _SMALL:
+            sums.append(read())
+        else:
+            unread = jnp.zeros(len(cells), factors.dtype)
+            sums.append(
+                jax.lax.cond(jnp.any(wanted[cells]), read, lambda unread=unread: unread)
+            )
+    if not sums:
+        return jnp.zeros((0,), factors.dtype)
+    return jnp.concatenate(sums)[np.argsort(np.concatenate(order))]
 
 
 def scale(
@@ -63,11 +100,78 @@ def scale(
     Two factors reach what one cannot: their product may be smaller than the smallest
     normal number.
     """
-    wide = jnp.result_type(x.dtype, coarse.dtype)
-    return jnp.where(keep, x, (x.astype(wide) * coarse * fine).astype(x.dtype))
+    wide = np.promote_types(x.dtype, coarse.dtype)
+    scaled = x.astype(wide) * coarse.astype(wide) * fine.astype(wide)
+    return jnp.where(keep, x, scaled.astype(x.dtype))
+
+
+def apart(fun: Callable[..., Any], live: jax.Array, *args: Any) -> Any:
+    """Returns `fun(*args)`, kept on a CPU from being compiled into what uses it.
+
+    There XLA repeats the few scalar operations that lead to a factor inside the kernel
+    of every leaf, and computes what a sum reads again, entry by entry, inside the sum.
+    A branch keeps them apart. `live` must be true, and not be known to be.
+    """
+
+    def behind_a_branch(live: jax.Array, *args: Any) -> Any:
+        result = jax.eval_shape(fun, *args)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+        return jax.lax.cond(live, fun, lambda *_: nothing, *args)
+
+    return jax.lax.platform_dependent(
+        live, *args, cpu=behind_a_branch, default=lambda live, *args: fun(*args)
+    )
+
+
+def _alike(
+    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]]
+) -> list[list[int]]:
+    """Gathers the positions of small leaves of one shape, a bounded number at a time.
+
+    Leaves on a mesh stay alone: to stack them could move them between devices.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, (x, axes) in enumerate(zip(leaves, kept, strict=True)):
+        alone = x.size >= _SMALL or not _is_on_one_device(x)
+        key = i if alone else (x.shape, x.dtype, axes)
+        groups.setdefault(key, []).append(i)
+    return [
+        members[start : start + step]
+        for members in groups.values()
+        for step in [max(1, _STACK // max(1, leaves[members[0]].size))]
+        for start in range(0, len(members), step)
+    ]
+
+
+def _squares(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        real, imag = jnp.real(x).astype(dtype), jnp.imag(x).astype(dtype)
+        return real * real + imag * imag
+    x = x.astype(dtype)
+    return x * x
+
+
+def _square_sum_in_chunks(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    x = x.reshape(-1)
+    whole = x.size // _CHUNK * _CHUNK
+    rows = jax.lax.map(
+        lambda row: jnp.sum(_squares(row, dtype)), x[:whole].reshape(-1, _CHUNK)
+    )
+    return jnp.sum(rows) + jnp.sum(_squares(x[whole:], dtype))
 
 
 def _adds_one_by_one(x: jax.Array, axes: tuple[int, ...]) -> bool:
-    if x.dtype != np.float16 or len(axes) != x.ndim or x.size < 4 * _CHUNK:
-        return False
-    return jax.typeof(x).sharding.mesh.empty  # a sharded leaf is not to be reshaped
+    return (
+        x.dtype == np.float16
+        and len(axes) == x.ndim
+        and x.size >= 4 * _CHUNK
+        and _is_on_one_device(x)
+    )
+
+
+def _is_on_one_device(x: jax.Array) -> bool:
+    return jax.typeof(x).sharding.mesh.empty
+
+
+def _num_cells(x: jax.Array, axes: tuple[int, ...]) -> int:
+    return math.prod(x.shape[k] for k in axes)

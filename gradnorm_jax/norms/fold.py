@@ -11,6 +11,7 @@ first by a multiplication unless it is lost, and only then are the leaves read a
 All three are plain sums, so that the fold stays one addition, on any mesh.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,9 +25,6 @@ from gradnorm_jax._typing import Ord
 
 Leaves = Sequence[jax.Array]
 Kept = Sequence[tuple[int, ...]]
-
-# Reading a leaf this large again is worth a branch of its own.
-_LARGE = 2**16
 
 
 class Norm(NamedTuple):
@@ -50,7 +48,8 @@ class Norm(NamedTuple):
 
 def accumulator(leaves: Leaves) -> jnp.dtype:
     """The dtype norms are taken in: float32, or wider where a leaf is."""
-    return jnp.result_type(np.float32, *(_real_dtype(x) for x in leaves))
+    dtypes = (_real_dtype(x) for x in leaves)
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def from_ord(order: Ord, caller: str) -> Norm:
@@ -92,7 +91,7 @@ def lp(p: float) -> Norm:
 
 
 class _Powers(NamedTuple):
-    """The functions of a p-norm; equal for equal p, so that jit sees one norm."""
+    """The functions of a p-norm."""
 
     p: float
 
@@ -122,9 +121,11 @@ class _Powers(NamedTuple):
 
     def slope(self, x: jax.Array, norm: jax.Array, size: jax.Array) -> jax.Array:
         del size
-        return jnp.sign(x) * (jnp.abs(x) / norm) ** (self.p - 1)
+        ratio = jnp.abs(x) / jnp.real(norm)
+        return jnp.sign(x) * (ratio ** (self.p - 1)).astype(x.dtype)
 
 
+@functools.cache
 def _lp(p: float) -> Norm:
     powers = _Powers(p)
     return Norm(p, powers.partial, powers.combine, powers.finish, powers.slope)
@@ -188,70 +189,61 @@ def _square_sums_at_three_scales(leaves: Leaves, kept: Kept) -> jax.Array:
     scales = _Scales.of(dtype)
     plain = kernels.square_sums(leaves, kept, dtype)
     fragile = [_squares_can_leave(x, dtype) for x in leaves]
+
+    def trust() -> jax.Array:
+        return _three_scales(plain, plain, jnp.zeros_like(plain, bool), scales)
+
+    if not any(fragile):
+        return trust()
+
+    shapes = _cell_shapes(leaves, kept)
+    counts = [math.prod(shape) for shape in shapes]
     floors = [
-        scales.lost_entry * (x.size // max(math.prod(shape), 1)) if is_fragile else 0
-        for x, shape, is_fragile in zip(
-            leaves, _cell_shapes(leaves, kept), fragile, strict=True
-        )
+        scales.lost_entry * (x.size // max(count, 1)) if is_fragile else 0
+        for x, count, is_fragile in zip(leaves, counts, fragile, strict=True)
     ]
-    counts = [math.prod(shape) for shape in _cell_shapes(leaves, kept)]
-    floor = np.repeat(np.array(floors, dtype), counts)
-    lost = ~((plain >= floor) & (plain < jnp.inf))  # a NaN is lost too
+    floor = np.array(floors, dtype).repeat(counts)
     tiny = plain < floor
-    factor = jnp.where(tiny, scales.up, jnp.where(lost, scales.down, 1))
+    lost = ~((plain >= floor) & (plain < jnp.inf))  # a NaN is lost too
 
     def read_again() -> jax.Array:
-        again = [
-            _read_again(x, axes, c, here, sums, dtype) if is_fragile else sums
-            for x, axes, c, here, sums, is_fragile in zip(
-                leaves,
-                kept,
-                _cells_of(leaves, kept, factor),
-                _cells_of(leaves, kept, lost),
-                _cells_of(leaves, kept, plain),
-                fragile,
-                strict=True,
-            )
-        ]
-        return jnp.concatenate([sums.reshape(-1) for sums in again])
+        factors = jnp.where(tiny, scales.up, jnp.where(lost, scales.down, 1))
+        again = kernels.square_sums_again(leaves, kept, factors.astype(dtype), lost)
+        return _three_scales(plain, jnp.where(lost, again, plain), tiny, scales)
 
-    if any(fragile):
-        scaled = jax.lax.cond(jnp.any(lost), read_again, lambda: plain)
-    else:
-        scaled = plain
-    true = jnp.where(tiny, scaled / scales.up / scales.up, plain)
-    true = jnp.where(lost & ~tiny, jnp.inf, true)
-    lowered = jnp.where(lost & ~tiny, scaled, true * scales.down * scales.down)
-    raised = jnp.where(tiny, scaled, true * scales.up * scales.up)
+    return jax.lax.cond(jnp.any(lost), read_again, trust)
+
+
+def _three_scales(
+    plain: jax.Array, scaled: jax.Array, tiny: jax.Array, scales: _Scales
+) -> jax.Array:
+    """The sum as it is, lowered and raised; `scaled` holds it where `plain` is lost."""
+    large = ~(plain < jnp.inf)
+    true = jnp.where(tiny, _times_twice(scaled, 1 / scales.up), plain)
+    true = jnp.where(large, jnp.inf, true)
+    lowered = jnp.where(large, scaled, _times_twice(true, scales.down))
+    raised = jnp.where(tiny, scaled, _times_twice(true, scales.up))
     return jnp.stack([true, lowered, raised], axis=-1)
 
 
-def _read_again(
-    x: jax.Array,
-    axes: tuple[int, ...],
-    factor: jax.Array,
-    lost: jax.Array,
-    sums: jax.Array,
-    dtype: jnp.dtype,
+def _times_twice(x: jax.Array, factor: jax.Array) -> jax.Array:
+    # XLA makes x * (factor * factor) of two constants, and that is 0 or infinity.
+    return jax.lax.optimization_barrier(x * factor) * factor
+
+
+def _root_at_the_right_scale(
+    partials: jax.Array, size: jax.Array | float = 1.0
 ) -> jax.Array:
-    wide = jnp.result_type(x.dtype, dtype)
-
-    def scaled() -> jax.Array:
-        again = x.astype(wide) * factor.astype(wide)
-        return kernels.square_sums([again], [axes], dtype).reshape(sums.shape)
-
-    if x.size < _LARGE:
-        return scaled()
-    return jax.lax.cond(jnp.any(lost), scaled, lambda: sums)
-
-
-def _root_at_the_right_scale(partials: jax.Array) -> jax.Array:
     scales = _Scales.of(partials.dtype)
     true, lowered, raised = partials[..., 0], partials[..., 1], partials[..., 2]
     return jnp.where(
         true < scales.low,
-        jnp.sqrt(raised) / scales.up,
-        jnp.where(true < jnp.inf, jnp.sqrt(true), jnp.sqrt(lowered) / scales.down),
+        jnp.sqrt(raised / size) / scales.up,
+        jnp.where(
+            true < jnp.inf,
+            jnp.sqrt(true / size),
+            jnp.sqrt(lowered / size) / scales.down,
+        ),
     )
 
 
@@ -280,7 +272,7 @@ def _squares_and_size(leaves: Leaves, kept: Kept) -> jax.Array:
 
 def _root_of_the_mean(partials: jax.Array) -> jax.Array:
     size = jnp.maximum(partials[..., 3], 1)
-    return _root_at_the_right_scale(partials) / jnp.sqrt(size)
+    return _root_at_the_right_scale(partials, size)
 
 
 def _cell_shapes(leaves: Leaves, kept: Kept) -> list[tuple[int, ...]]:

@@ -175,7 +175,7 @@ def _measure_jvp(norm: Norm, layout: Layout, primals: tuple, tangents: tuple) ->
     sizes = jnp.broadcast_to(jnp.asarray(layout.sizes, norms.dtype), norms.shape)
     cells = []
     for i, x, dx in zip(layout.members, leaves, leaf_tangents, strict=True):
-        wide = jnp.result_type(x.dtype, norms.dtype)
+        wide = np.promote_types(x.dtype, norms.dtype)
         own_norm, size = (
             layout.spread(value, i, measured=True).astype(wide)
             for value in (steady, sizes)
