@@ -1,0 +1,158 @@
+"""The norms of one run, step by step, as NumPy columns."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+KINDS = ("grad", "update", "param")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class History:
+    """The recorded norms of a run: one row a step, one column a part.
+
+    Nothing is filtered: a NaN, an inf and an exact zero are in here as they occurred.
+
+    Attributes:
+      steps: The number of each step, rising: int64, shape [T].
+      parts: The name of each part: a leaf, a layer of a stacked leaf, or a group.
+      grad: L2 norms of the gradients before the clip, float32 [T, L], or `None`.
+      update: L2 norms of what was added to the parameters, [T, L], or `None`.
+      param: L2 norms of the parameters before the update, [T, L], or `None`.
+      scalars: `loss`, `clip/limit`, `clip/scale` and `clip/fraction`, each of shape
+        [T], and NaN where a step had none.
+
+    Example:
+      >>> rows = [[3.0, 4.0, 0.5], [6.0, 8.0, 0.4]]
+      >>> history = History.from_rows(("grad/a", "grad/b", "loss"), [0, 1], rows)
+      >>> history
+      History(steps 0 to 1, 2 parts, norms of grad)
+      >>> history.global_norm()
+      array([ 5., 10.])
+    """
+
+    steps: np.ndarray
+    parts: tuple[str, ...]
+    grad: np.ndarray | None
+    update: np.ndarray | None
+    param: np.ndarray | None
+    scalars: dict[str, np.ndarray]
+
+    @classmethod
+    def from_rows(cls, columns: Sequence[str], steps, rows) -> "History":
+        """Takes the rows of a ring apart by the names of their columns.
+
+        Args:
+          columns: The name of each column, as `telemetry.columns` gives them.
+          steps: The number of each row's step.
+          rows: The values, of shape [steps, columns].
+        """
+        rows = np.asarray(rows, np.float32).reshape(-1, len(columns))
+        positions: dict[str, list[int]] = {kind: [] for kind in KINDS}
+        parts: dict[str, None] = {}
+        scalars = {}
+        for position, name in enumerate(columns):
+            kind, _, part = name.partition("/")
+            if kind in positions:
+                positions[kind].append(position)
+                parts[part] = None
+            else:
+                scalars[name] = rows[:, position]
+        norms = {kind: rows[:, at] if at else None for kind, at in positions.items()}
+        return cls(np.asarray(steps, np.int64), tuple(parts), scalars=scalars, **norms)
+
+    def __repr__(self) -> str:
+        """Says in one line what is recorded."""
+        span = f"steps {self.steps[0]} to {self.steps[-1]}" if len(self) else "no steps"
+        parts = f"{len(self.parts)} part{'s' * (len(self.parts) != 1)}"
+        norms = f"norms of {', '.join(self.kinds)}" if self.kinds else "no norms"
+        return f"History({span}, {parts}, {norms})"
+
+    def __len__(self) -> int:
+        """The number of recorded steps."""
+        return len(self.steps)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which norms were recorded, of `grad`, `update` and `param`."""
+        return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def dropped(self) -> int:
+        """How many steps up to the last one have no row.
+
+        The ring wrote over them before they were read, or the run was not watched yet.
+        """
+        return int(self.steps[-1]) + 1 - len(self) if len(self) else 0
+
+    def norms(self, kind: str = "grad") -> np.ndarray:
+        """Returns the norms of one kind.
+
+        Args:
+          kind: `"grad"`, `"update"` or `"param"`.
+
+        Raises:
+          ValueError: If there is no such kind, or the run did not record it.
+        """
+        found = getattr(self, kind) if kind in KINDS else None
+        if found is None:
+            raise ValueError(
+                f"`History.norms(kind={kind!r})`: this run recorded {self.kinds}. Kinds"
+                f" are {KINDS}; pass `record=` to both `watch` and `Monitor`."
+            )
+        return found
+
+    def global_norm(self, kind: str = "grad") -> np.ndarray:
+        """Returns the norm of all recorded parts together: float64, shape [T].
+
+        Args:
+          kind: `"grad"`, `"update"` or `"param"`.
+        """
+        norms = self.norms(kind)
+        return np.sqrt(np.einsum("tl,tl->t", norms, norms, dtype=np.float64))
+
+    @functools.cached_property
+    def update_ratio(self) -> np.ndarray:
+        """Norm of the update over norm of the parameter: float64, shape [T, L].
+
+        It is inf where a parameter of norm 0 moved and 0 where it did not.
+        """
+        return ratio(self.norms("update"), self.norms("param"))
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Returns the few scalars of each step that a tracker should plot.
+
+        Which norm is meant is in the name: `grad_norm/global_preclip` is taken before
+        the clip. What was not recorded is left out.
+
+        Example:
+          >>> columns = ("grad/a", "grad/b", "loss")
+          >>> history = History.from_rows(columns, [0], [[3.0, 4.0, 0.5]])
+          >>> for name, values in history.metrics().items():
+          ...     print(name, values)
+          grad_norm/global_preclip [5.]
+          grad_norm/leaf_min [3.]
+          grad_norm/leaf_max [4.]
+          loss [0.5]
+        """
+        metrics = {}
+        if self.grad is not None:
+            metrics["grad_norm/global_preclip"] = self.global_norm("grad")
+            metrics["grad_norm/leaf_min"] = self.grad.min(axis=1)
+            metrics["grad_norm/leaf_max"] = self.grad.max(axis=1)
+        for kind in ("update", "param"):
+            if kind in self.kinds:
+                metrics[f"{kind}_norm/global"] = self.global_norm(kind)
+        if {"update", "param"} <= set(self.kinds):
+            metrics["update_ratio/median"] = np.median(self.update_ratio, axis=1)
+            metrics["update_ratio/max"] = self.update_ratio.max(axis=1)
+        return metrics | self.scalars
+
+
+def ratio(update: np.ndarray, param: np.ndarray) -> np.ndarray:
+    """Divides norms of updates by norms of parameters; a part that rests at 0 has 0."""
+    update = np.asarray(update, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(update == 0, update, update / np.asarray(param, np.float64))

@@ -1,0 +1,224 @@
+"""The pictures of a run as matplotlib figures."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradnorm_jax.monitoring import palette, series
+from gradnorm_jax.monitoring.history import History
+from gradnorm_jax.monitoring.series import plain
+
+
+def norm_trace(history: History) -> Any:
+    """Draws the global norm over time, the limit, and the share of steps clipped.
+
+    A long run is divided into stretches of time: a line for the median of each, a band
+    from the 10th to the 90th percentile, and a thin line for the largest.
+
+    Args:
+      history: The run, as `load` reads it.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+      ValueError: If no norms were recorded.
+    """
+    picture = series.trace(history)
+    bins = picture.bins
+    figure = _figure(9, 4.2)
+    above, strip = figure.subplots(2, sharex=True, height_ratios=(12, 1))
+    _draw_norm(above, picture)
+    if picture.clips:
+        _shade(strip, bins, palette.LIMIT, np.nan_to_num(picture.clipped))
+        strip.set_ylabel("clipped", rotation=0, ha="right", va="center")
+        strip.set(yticks=[], facecolor="0.97", xlabel="step")
+    else:
+        strip.set_visible(False)
+        above.tick_params(labelbottom=True)
+        above.set_xlabel("step")
+    _step_axis(above, bins)
+    return figure
+
+
+def heat_map(history: History) -> Any:
+    """Draws the norm of every part over time, the first part on top.
+
+    A cell shows the largest of its steps, so that a spike of one step is seen. It is
+    gray where every step was exactly zero and red where any was not finite. Above 150
+    parts a row is a block of them.
+
+    Args:
+      history: The run, as `load` reads it.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+      ValueError: If no norms were recorded.
+    """
+    picture = series.heat(history)
+    rows, bins = picture.rows, picture.bins
+    figure = _figure(9, _height(len(rows)))
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.ticker import NullLocator
+
+    colors = palette.heat_colors() / 255
+    axes = figure.subplots()
+    axes.imshow(
+        colors[picture.shades()],
+        aspect="auto", interpolation="nearest",
+        extent=(bins.edges[0] - 0.5, bins.edges[-1] - 0.5, len(rows) - 0.5, -0.5),
+    )  # fmt: skip
+    _row_axis(axes, rows)
+    _step_axis(axes, bins)
+    axes.set_xlabel("step")
+    scale = ScalarMappable(
+        LogNorm(picture.axis.low, picture.axis.high),
+        ListedColormap(colors[palette.SCALE_START :]),
+    )
+    bar = figure.colorbar(scale, ax=axes, pad=0.015, aspect=40)
+    ticks = picture.axis.ticks()
+    bar.set_ticks(ticks, labels=[plain(tick) for tick in ticks])
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.set_label(f"{series.NAMES[picture.kind]} norm; gray: zero, red: not finite")
+    return figure
+
+
+def flow(history: History) -> Any:
+    """Draws the norm of each part beside its relative update, over the last steps.
+
+    The shaded band from 1e-4 to 1e-2 is where the update relative to its parameter
+    usually lies. What stands out is red.
+
+    Args:
+      history: The run, as `load` reads it.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: If matplotlib is not installed.
+      ValueError: If no norms were recorded.
+    """
+    picture = series.flow(history)
+    rows, panels = picture.rows, picture.panels
+    figure = _figure(9, _height(len(rows)))
+    size = 30 if len(rows) <= 40 else 12
+    for axes, dots in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
+        panels,
+        strict=True,
+    ):
+        x, y = dots.axis.position(dots.values), np.arange(len(rows))
+        strange = np.isin(y, dots.offenders)
+        at = dots.axis.low * (dots.axis.high / dots.axis.low) ** x
+        if dots.usual:
+            axes.axvspan(*dots.usual, color=palette.UPDATE, alpha=0.15, lw=0)
+        axes.scatter(at[~strange], y[~strange], size, palette.GRAD, clip_on=False)
+        axes.scatter(at[strange], y[strange], size, palette.NONFINITE, clip_on=False)
+        _log_axis(axes.xaxis, dots.axis)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(dots.title, loc="left", fontsize="medium")
+        _row_axis(axes, rows)
+    first, last = picture.steps
+    figure.supxlabel(f"median of the steps {first:,} to {last:,}", fontsize="medium")
+    return figure
+
+
+def save_all(history: History, directory: str | os.PathLike) -> list[Path]:
+    """Writes the three pictures as PNG files.
+
+    Args:
+      history: The run, as `load` reads it.
+      directory: Where to; it is made if it is not there.
+
+    Returns:
+      The paths of `norm_trace.png`, `heat_map.png` and `flow.png`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for draw in (norm_trace, heat_map, flow):
+        paths.append(directory / f"{draw.__name__}.png")
+        draw(history).savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _figure(width: float, height: float) -> Any:
+    """Returns an empty figure that no window manager knows of."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need matplotlib: `pip install 'gradnorm_jax[plot]'`. The HTML"
+            " report does without."
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _height(rows: int) -> float:
+    return float(np.clip(1.2 + 0.22 * rows, 2.4, 9))
+
+
+def _draw_norm(axes: Any, picture: series.Trace) -> None:
+    bins, color = picture.bins, palette.GRAD
+    center = (bins.edges[:-1] + bins.edges[1:] - 1) / 2
+    style = "o-" if len(bins) <= 60 else "-"
+    name = "each step" if bins.single else "median"
+    axes.plot(center, picture.middle, style, c=color, ms=4, lw=1.4, label=name)
+    if not bins.single:
+        between = {"color": color, "alpha": 0.24, "lw": 0}
+        name = "10th to 90th percentile"
+        axes.fill_between(center, picture.low, picture.high, label=name, **between)
+        axes.plot(center, picture.top, c=color, lw=0.7, alpha=0.5, label="largest")
+    if not np.all(np.isnan(picture.limit)):
+        stairs = {"baseline": None, "color": palette.LIMIT, "ls": "--", "lw": 1.4}
+        axes.stairs(picture.limit, bins.edges - 0.5, label="limit", **stairs)
+    _shade(axes, bins, palette.NONFINITE, 0.45 * picture.nonfinite)
+    _shade(axes, bins, palette.ZERO, picture.zero, height=0.025)
+    _log_axis(axes.yaxis, picture.axis)
+    axes.set_ylabel(f"global {series.NAMES[picture.kind]} norm")
+    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(bottom=False)
+
+
+def _shade(axes: Any, bins: series.Bins, color: str, opacity, height=1.0) -> None:
+    """Shades the bins in which the opacity is not 0, from the bottom up."""
+    for b in np.flatnonzero(opacity):
+        left, right = bins.edges[b : b + 2] - 0.5
+        alpha = float(opacity[b])
+        axes.axvspan(left, right, ymax=height, color=color, alpha=alpha, lw=0)
+
+
+def _log_axis(axis: Any, scale: series.LogAxis) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.axes.set(**{f"{axis.axis_name}lim": (scale.low, scale.high)})
+    ticks = scale.ticks()
+    axis.set_ticks(ticks, [plain(tick) for tick in ticks])
+    axis.set_minor_locator(NullLocator())
+    axis.axes.grid(axis=axis.axis_name, color="0.9")
+    axis.axes.set_axisbelow(True)
+
+
+def _step_axis(axes: Any, bins: series.Bins) -> None:
+    ticks = series.step_ticks(int(bins.edges[0]), int(bins.edges[-1]) - 1)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xlim(bins.edges[0] - 0.5, bins.edges[-1] - 0.5)
+
+
+def _row_axis(axes: Any, rows: Any) -> None:
+    every = -(-len(rows) // 40)
+    shown = range(0, len(rows), every)
+    labels = [rows.labels[r] for r in shown]
+    axes.set_yticks(shown, labels, fontsize="small", parse_math=False)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(left=False)

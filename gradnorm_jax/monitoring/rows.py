@@ -1,0 +1,127 @@
+"""Rows of parts: in the order of the network, and in blocks when there are many."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+MOST_ROWS = 150
+
+Members = dict[str, list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which parts form which row of a picture.
+
+    Row `r` is of the parts `order[starts[r]:starts[r + 1]]`.
+    """
+
+    labels: tuple[str, ...]
+    order: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.labels)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether any row is of more than one part."""
+        return len(self.labels) < len(self.order)
+
+    def combine(self, norms: np.ndarray) -> np.ndarray:
+        """Returns the norm of each row: [steps, parts] to float64 [steps, rows]."""
+        norms = norms[:, self.order].astype(np.float64)
+        if not self.grouped:
+            return norms
+        return np.sqrt(np.add.reduceat(np.square(norms), self.starts, axis=1))
+
+
+def arrange(parts: Sequence[str]) -> Rows:
+    """Puts parts in the order of the network and groups them to at most 150 rows.
+
+    A row is a part; when these are too many it is a block, such as a layer; and when
+    the blocks are too many, neighbors share a row.
+    """
+    members = {parts[i]: [i] for i in network_order(parts)}
+    if len(members) > MOST_ROWS:
+        members = _by_block(members)
+    if len(members) > MOST_ROWS:
+        members = _by_neighbor(members)
+    starts = np.cumsum([0, *map(len, members.values())])[:-1]
+    return Rows(tuple(members), np.concatenate(list(members.values())), starts)
+
+
+def network_order(parts: Sequence[str]) -> list[int]:
+    """Returns the positions of the parts, from the input of the network on.
+
+    A tree lists the keys of a dict sorted as text, `block_10` before `block_2`. Where
+    names that differ in their numbers are sorted so, the numbers decide; any other
+    order is the network's own.
+    """
+    paths = [part.split("/") for part in parts]
+    children: dict[tuple, dict[str, int]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            children.setdefault(tuple(path[:depth]), {})[name] = 0
+    for siblings in children.values():
+        names: list[str] = []
+        for _, alike in itertools.groupby(siblings, key=_without_numbers):
+            run = list(alike)
+            names += sorted(run, key=_natural) if run == sorted(run) else run
+        siblings.update((name, rank) for rank, name in enumerate(names))
+
+    def rank(position: int) -> list[int]:
+        path = paths[position]
+        return [children[tuple(path[:d])][name] for d, name in enumerate(path)]
+
+    return sorted(range(len(parts)), key=rank)
+
+
+def block_of(part: str) -> str:
+    """Returns the block of a part: its path to the first name with a number in it.
+
+    Example:
+      >>> block_of("decoder/block_3/mlp/kernel")
+      'decoder/block_3'
+      >>> block_of("layers/mlp/kernel[3]")  # layer 3 of a stacked leaf
+      'layers[3]'
+      >>> block_of("embed/table")
+      'embed'
+    """
+    path, *layer = re.split(r"(?=\[[\d,]+\]$)", part)
+    names = path.split("/")
+    numbered = (d for d, name in enumerate(names) if re.search(r"\d", name))
+    depth = next(numbered, 0)
+    return "".join(["/".join(names[: depth + 1]), *layer])
+
+
+def _by_block(members: Members) -> Members:
+    blocks: Members = {}
+    for part, positions in members.items():
+        blocks.setdefault(block_of(part), []).extend(positions)
+    return blocks
+
+
+def _by_neighbor(members: Members) -> Members:
+    shared = math.ceil(len(members) / MOST_ROWS)
+    neighbors: Members = {}
+    names = list(members)
+    for first in range(0, len(names), shared):
+        run = names[first : first + shared]
+        label = " \N{HORIZONTAL ELLIPSIS} ".join(dict.fromkeys((run[0], run[-1])))
+        neighbors[label] = [i for name in run for i in members[name]]
+    return neighbors
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
+def _natural(name: str) -> list[str | int]:
+    pieces = re.split(r"(\d+)", name)
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
