@@ -123,20 +123,22 @@ class Layout:
             ]
         )
 
+    def scales(self, position: int) -> bool:
+        """Whether a leaf belongs to a part that scales it."""
+        return self.fold != "groups" or self.scaled[position] >= 0
+
     def spread(
         self, parts: jax.Array, position: int, *, measured: bool = False
-    ) -> jax.Array | None:
+    ) -> jax.Array:
         """Returns what a leaf's parts have, shaped to broadcast against that leaf.
 
         The parts that scale the leaf or, if `measured`, those whose norm it enters.
-        `None` for a leaf that has none.
         """
         match self.fold:
             case "all":
                 return parts
             case "groups":
-                group = (self.measured if measured else self.scaled)[position]
-                return None if group < 0 else parts[group]
+                return parts[(self.measured if measured else self.scaled)[position]]
             case "examples":
                 rank = len(self.shapes[position])
                 return parts.reshape(-1, *[1] * (rank - 1))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def labels(groups: Any, names: Sequence[str], treedef: Any, caller: str) -> list
         ) from error
 
 
-def is_patterns(groups: Any) -> bool:
+def is_patterns(groups: Any) -> TypeGuard[Mapping[str, str]]:
     """Whether groups are given as `{pattern: label}`."""
     return isinstance(groups, Mapping) and all(
         isinstance(label, str) for label in groups.values()

@@ -1,5 +1,6 @@
 """THE CORRIDOR: gradients to norms, to limits, to clipped gradients, to the record."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,12 @@ import optax
 
 from gradnorm_jax import _trees, kernels
 from gradnorm_jax._layout import Layout
-from gradnorm_jax._typing import Scalar, Tree
+from gradnorm_jax._typing import Bound, Scalar, Tree
 from gradnorm_jax.norms import granularity as norms_by
 from gradnorm_jax.norms.fold import Norm, accumulator, l2
 from gradnorm_jax.norms.granularity import Granularity, whole_tree
 from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
-from gradnorm_jax.telemetry import ClipMetrics, ClipState, fraction
+from gradnorm_jax.telemetry import ClipMetrics, ClipState
 from gradnorm_jax.thresholds import Context, Threshold, as_threshold, check_limit
 
 POLICIES = ("propagate", "zero", "drop")
@@ -106,7 +107,7 @@ def clip_by_norm(
 
     def update(
         updates: Tree,
-        state: ClipState,
+        state: Any,
         params: Tree | None = None,
         *,
         norms: jax.Array | None = None,
@@ -117,7 +118,7 @@ def clip_by_norm(
             updates, "clip_by_norm(...).update(updates)"
         )
         layout = granularity.layout(updates)
-        previous = state.metrics
+        previous: ClipMetrics = state.metrics
         dtype = previous.norms.dtype
 
         # MEASURE
@@ -137,65 +138,66 @@ def clip_by_norm(
         bound = rule.decide(state.memory, measured, context)
 
         # APPLY
-        factors = kernels.apart(
-            lambda *args: scaling(*args, shrink), state.step >= 0, measured, bound, eps
+        factors, zero = kernels.apart(
+            functools.partial(_factors, shrink, nonfinite),
+            state.step >= 0,
+            measured,
+            bound,
+            eps,
         )
-        bad = ~jnp.isfinite(measured) & ~factors.keep
-        zero = _zeroed(bad, nonfinite)
-        clipped = [
-            _apply(layout, position, x, factors, zero)
-            for position, x in enumerate(leaves)
-        ]
+        clipped = [_apply(layout, k, x, factors, zero) for k, x in enumerate(leaves)]
 
         # RECORD
-        scales = jnp.where(zero, 0, factors.scales).astype(dtype)
-        any_bad = jnp.any(~jnp.isfinite(measured))
-        after = jnp.where(zero, 0, factors.scale(measured))
+        finite = jnp.all(jnp.isfinite(measured))
+        after = _unless(zero, factors.scale(measured))
         learned = rule.observe(state.memory, measured, after, context)
         memory = jax.tree.map(
-            lambda old, new: jnp.where(any_bad, old, new), state.memory, learned
+            lambda old, new: jnp.where(finite, new, old), state.memory, learned
         )
-        was_clipped = ~factors.keep & ~bad
-        metrics = ClipMetrics(
+        metrics = previous.after_a_step(
+            state.step,
             norms=measured,
             limits=jnp.maximum(bound.limit, 0).astype(dtype),
-            scales=scales,
-            num_clipped=jnp.sum(was_clipped, dtype=jnp.int32),
-            clip_rate=previous.clip_rate,
-            consecutive_clipped=jnp.where(
-                was_clipped, previous.consecutive_clipped + 1, 0
-            ),
-            nonfinite_count=previous.nonfinite_count + any_bad.astype(jnp.int32),
+            scales=_unless(zero, factors.scales),
+            was_clipped=~factors.keep & jnp.isfinite(measured),
             first_nonfinite_leaf=first_bad,
         )
-        gain = (fraction(metrics) - previous.clip_rate) / (state.step + 1).astype(
-            jnp.float32
-        )
-        metrics = metrics._replace(clip_rate=previous.clip_rate + gain)
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         return jax.tree.unflatten(treedef, clipped), ClipState(step, memory, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _factors(
+    shrink: Shrink, nonfinite: str, norms: jax.Array, bound: Bound, eps: Scalar
+) -> tuple[Scaling, jax.Array | None]:
+    """How each part is scaled, and what is set to zero: nothing, all, or parts."""
+    factors = scaling(norms, bound, eps, shrink)
+    bad = ~jnp.isfinite(norms) & ~factors.keep
+    match nonfinite:
+        case "zero":
+            return factors, jnp.any(bad)
+        case "drop":
+            return factors, bad
+    return factors, None
+
+
 def _apply(
-    layout: Layout, position: int, x: jax.Array, factors: Scaling, zero: jax.Array
+    layout: Layout, position: int, x: jax.Array, factors: Scaling, zero: Any
 ) -> jax.Array:
     """Scales one leaf by the factors of its parts, and sets it to zero where asked."""
-    own = [layout.spread(values, position) for values in (*factors, zero)]
-    if any(values is None for values in own):
+    if layout.scales(position):
+        own = Scaling(*(layout.spread(values, position) for values in factors))
+        x = kernels.scale(x, *own)
+        if zero is not None and zero.ndim:
+            zero = layout.spread(zero, position)
+    elif zero is None or zero.ndim:
         return x
-    *scaled_by, zeroed = own
-    return jnp.where(zeroed, 0, kernels.scale(x, *scaled_by))
+    return _unless(zero, x)
 
 
-def _zeroed(bad: jax.Array, nonfinite: str) -> jax.Array:
-    match nonfinite:
-        case "propagate":
-            return jnp.zeros_like(bad)
-        case "zero":
-            return jnp.broadcast_to(jnp.any(bad), bad.shape)
-    return bad
+def _unless(zero: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if zero is None else jnp.where(zero, 0, x)
 
 
 def _param_norms(

@@ -45,9 +45,7 @@ class Scaling(NamedTuple):
         return jnp.where(self.keep, norms, norms * self.coarse * self.fine)
 
 
-def scaling(
-    norms: jax.Array, bound: Bound, eps: Scalar, shrink: Shrink
-) -> Scaling:
+def scaling(norms: jax.Array, bound: Bound, eps: Scalar, shrink: Shrink) -> Scaling:
     """Returns the factors that bring each norm to what it should become.
 
     A norm of 0 and a limit of infinity keep their part. A norm that is not finite

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from gradnorm_jax import _layout
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Groups, PerLeaf, Tree
 
-State = TypeVar("State")
+State = TypeVar("State", bound=tuple)
 
 #: What `watch` can record, in the order of its columns.
 KINDS = ("grad", "update", "param")
@@ -61,6 +62,37 @@ class ClipMetrics(NamedTuple):
             nonfinite_count=zero,
             first_nonfinite_leaf=jnp.full((), -1, jnp.int32),
         )
+
+    def after_a_step(
+        self,
+        step: jax.Array,
+        *,
+        norms: jax.Array,
+        limits: jax.Array,
+        scales: jax.Array,
+        was_clipped: jax.Array,
+        first_nonfinite_leaf: jax.Array,
+    ) -> "ClipMetrics":
+        """What there is to say after one more step, the first of which is 0."""
+        seen = jnp.float32(1) + step.astype(jnp.float32)
+        bad = jnp.any(~jnp.isfinite(norms))
+        now = ClipMetrics(
+            norms=norms,
+            limits=limits,
+            scales=scales.astype(norms.dtype),
+            num_clipped=jnp.sum(was_clipped, dtype=jnp.int32),
+            clip_rate=self.clip_rate,
+            consecutive_clipped=jnp.where(was_clipped, self.consecutive_clipped + 1, 0),
+            nonfinite_count=self.nonfinite_count + bad.astype(jnp.int32),
+            first_nonfinite_leaf=first_nonfinite_leaf.astype(jnp.int32),
+        )
+        gain = (now.clipped_fraction - self.clip_rate) / seen
+        return now._replace(clip_rate=self.clip_rate + gain)
+
+    @property
+    def clipped_fraction(self) -> jax.Array:
+        """The share of parts that were scaled in this step."""
+        return self.num_clipped.astype(jnp.float32) / max(self.norms.size, 1)
 
 
 class ClipState(NamedTuple):
@@ -148,7 +180,8 @@ def columns(
       ('grad/b', 'grad/w', 'loss')
     """
     parts = layout(params, groups, stacked_axes).part_names
-    return (*(f"{kind}/{part}" for kind in record for part in parts), *SCALARS)
+    kinds = [kind for kind in KINDS if kind in record]
+    return (*(f"{kind}/{part}" for kind in kinds for part in parts), *SCALARS)
 
 
 def scalars(state: Tree) -> dict[str, Any]:
@@ -198,7 +231,7 @@ def scalars(state: Tree) -> dict[str, Any]:
     for position, metrics in enumerate(found, start=1):
         prefix = "" if position == 1 else f"clip{position}/"
         record |= {prefix + key: x for key, x in _clip_scalars(metrics).items()}
-    if any(isinstance(x, jax.core.Tracer) for x in record.values()):
+    if any(isinstance(x, Tracer) for x in record.values()):
         return record
     return {key: x.item() for key, x in jax.device_get(record).items()}
 
@@ -214,17 +247,12 @@ def _clip_scalars(metrics: ClipMetrics) -> dict[str, jax.Array]:
     return norms | {
         "clip/limit": jnp.min(metrics.limits, initial=jnp.inf),
         "clip/scale": jnp.min(metrics.scales, initial=jnp.inf),
-        "clip/fraction": fraction(metrics),
+        "clip/fraction": metrics.clipped_fraction,
         "clip/rate": metrics.clip_rate,
         "clip/consecutive": jnp.max(metrics.consecutive_clipped, initial=0),
         "nonfinite/count": metrics.nonfinite_count,
         "nonfinite/first_leaf": metrics.first_nonfinite_leaf,
     }
-
-
-def fraction(metrics: ClipMetrics) -> jax.Array:
-    """The share of parts that were clipped in this step."""
-    return metrics.num_clipped.astype(jnp.float32) / max(metrics.norms.size, 1)
 
 
 __all__ = ["ClipMetrics", "ClipState", "WatchState", "find", "scalars"]

@@ -16,7 +16,6 @@ from gradnorm_jax.telemetry import (
     ClipMetrics,
     WatchState,
     find,
-    fraction,
     layout,
 )
 
@@ -77,7 +76,7 @@ def watch(
 
     def update(
         updates: Tree,
-        state: WatchState,
+        state: Any,
         params: Tree | None = None,
         *,
         value: jax.Array | float | None = None,
@@ -98,7 +97,7 @@ def watch(
         row = [_norms(trees[kind], groups, stacked_axes) for kind in kinds]
         row.append(_scalars(inner_state, value))
         ring = _write(state.ring, state.rows, jnp.concatenate(row))
-        rows = optax.safe_increment(state.rows)
+        rows = jnp.asarray(optax.safe_increment(state.rows))
         return outgoing, WatchState(inner_state, ring, rows)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -119,7 +118,7 @@ def _scalars(inner_state: Any, value: jax.Array | float | None) -> jax.Array:
         return jnp.stack([loss, absent, absent, absent])
     limit = jnp.min(clips[0].limits, initial=jnp.inf).astype(jnp.float32)
     scale = jnp.min(clips[0].scales, initial=jnp.inf).astype(jnp.float32)
-    return jnp.stack([loss, limit, scale, fraction(clips[0])])
+    return jnp.stack([loss, limit, scale, clips[0].clipped_fraction])
 
 
 def _write(ring: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:

@@ -75,7 +75,7 @@ def square_sums_again(
             x, axes = leaves[members[0]], kept[members[0]]
             stack = jnp.stack([leaves[i] for i in members])
             factor = factors[cells].reshape(len(members), *shape)
-            wide = jnp.result_type(stack.dtype, factor.dtype)
+            wide = np.promote_types(stack.dtype, factor.dtype)
             scaled = stack.astype(wide) * factor.astype(wide)
             summed = tuple(1 + k for k in range(x.ndim) if k not in axes)
             return jnp.sum(_squares(scaled, factor.dtype), summed).reshape(-1)

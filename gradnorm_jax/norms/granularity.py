@@ -50,11 +50,12 @@ class Granularity:
           Array(0.5, dtype=float32)
         """
         layout = self.layout(tree)
-        spread = [layout.spread(parts, i) for i in range(len(layout.shapes))]
         one = jnp.ones((), parts.dtype)
-        return jax.tree.unflatten(
-            jax.tree.structure(tree), [one if x is None else x for x in spread]
-        )
+        spread = [
+            layout.spread(parts, i) if layout.scales(i) else one
+            for i in range(len(layout.shapes))
+        ]
+        return jax.tree.unflatten(jax.tree.structure(tree), spread)
 
     def names(self, tree: Tree) -> tuple[str, ...]:
         """Names the parts of a tree, in the order of `measure`.
@@ -167,6 +168,7 @@ _measure = jax.custom_jvp(_evaluate, nondiff_argnums=(0, 1))
 
 @_measure.defjvp
 def _measure_jvp(norm: Norm, layout: Layout, primals: tuple, tangents: tuple) -> tuple:
+    assert norm.slope is not None
     # d norm = sum over a part's entries of slope(x) dx. Where the norm is 0 so is
     # every x, and the slope is taken at norm 1, where it is 0 for every order.
     (leaves,), (leaf_tangents,) = primals, tangents

@@ -150,7 +150,8 @@ def unit_norms(tree: Tree, *, axes: PerLeaf | None = None, ord: Ord = 2) -> Tree
 def unitwise_norm(x: jax.Array, axis: Axis | None = None) -> jax.Array:
     """Returns the L2 norm of each unit of an array in the place of all its entries.
 
-    The same call as `optax.unitwise_norm`, and right at any magnitude and in any dtype.
+    The same call as `optax.transforms.unitwise_norm`, and right at any magnitude and in
+    any dtype.
 
     Args:
       x: A floating or complex array.

@@ -1,0 +1,34 @@
+# Each target makes its own environment in .venv when there is none.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench docs clean
+
+demo: $(STAMP)  ## train a small network on real digits and write a report
+	$(BIN)/gradnorm demo
+
+test: check  ## the one gate: format, lint, layers, types, tests
+
+check: $(STAMP)
+	scripts/gate $(BIN)
+
+bench: $(STAMP)  ## ratios to Optax on this machine
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.installed-docs  ## the pages in docs/_build/html
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .hypothesis
