@@ -69,15 +69,15 @@ def clip_by_norm(
       - ``init`` and ``update`` return one tree structure: the state rides in `scan`.
       - ``None`` and ``optax.MaskedNode`` in place of a leaf pass by.
 
-      =================  =========================  ====================
-      a part with        becomes                    ``metrics.scales``
-      =================  =========================  ====================
-      norm 0             itself                     1
-      limit inf          itself, whatever it holds  1
-      limit 0            0                          0
-      a NaN or an inf    NaN (``"propagate"``)      NaN
-      a NaN or an inf    0 (``"zero"``, ``"drop"``) 0
-      =================  =========================  ====================
+      =================  ==========================  ====================
+      a part with        becomes                     ``metrics.scales``
+      =================  ==========================  ====================
+      norm 0             itself                      1
+      limit inf          itself, whatever it holds   1
+      limit 0            0                           0
+      a NaN or an inf    NaN (``"propagate"``)       NaN
+      a NaN or an inf    0 (``"zero"``, ``"drop"``)  0
+      =================  ==========================  ====================
 
     Raises:
       ValueError: If ``threshold`` or ``eps`` is a negative number, or ``nonfinite`` no

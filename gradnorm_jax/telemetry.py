@@ -191,23 +191,23 @@ def scalars(state: Tree) -> dict[str, Any]:
       state: An optimizer's state, or a tree that holds one.
 
     Returns:
-      `{name: float}`, about ten, whatever the size of the model; arrays instead of
-      floats where it is called inside `jit`. Of the outermost clip:
+      A dictionary of floats, about ten, whatever the size of the model; of arrays where
+      it is called inside `jit`. Of the outermost clip:
 
-      ===========================  ==============================================
-      `grad_norm/global_preclip`   the global norm before the clip (`whole_tree`)
-      `grad_norm/part_min_preclip` the smallest and the largest norm of a part
-      `grad_norm/part_max_preclip` (any other granularity)
-      `clip/limit`                 the smallest limit
-      `clip/scale`                 the smallest scale; 1 if nothing was clipped
-      `clip/fraction`              the share of parts clipped in this step
-      `clip/rate`                  that share, averaged over all steps so far
-      `clip/consecutive`           steps in a row that some part was clipped
-      `nonfinite/count`            steps so far with a norm that is not finite
-      `nonfinite/first_leaf`       index into `leaf_names(params)`, or -1
-      ===========================  ==============================================
+      ============================  =============================================
+      `grad_norm/global_preclip`    the global norm before the clip (`whole_tree`)
+      `grad_norm/part_min_preclip`  the smallest and the largest norm of a part
+      `grad_norm/part_max_preclip`  (any other granularity)
+      `clip/limit`                  the smallest limit
+      `clip/scale`                  the smallest scale; 1 if nothing was clipped
+      `clip/fraction`               the share of parts clipped in this step
+      `clip/rate`                   that share, averaged over all steps so far
+      `clip/consecutive`            steps in a row that some part was clipped
+      `nonfinite/count`             steps so far with a norm that is not finite
+      `nonfinite/first_leaf`        index into `leaf_names(params)`, or -1
+      ============================  =============================================
 
-      A second clip has the same names under `clip2/`, and so on.
+      A second clip has the same names under "clip2/", and so on.
 
     Raises:
       ValueError: If there is no clip inside.

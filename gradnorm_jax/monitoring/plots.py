@@ -93,7 +93,7 @@ def heat_map(history: History) -> Any:
 def flow(history: History) -> Any:
     """Draws the norm of each part beside its relative update, over the last steps.
 
-    The shaded band from 1e-4 to 1e-2 is where the update relative to its parameter
+    The shaded band from 0.0001 to 0.01 is where the update relative to its parameter
     usually lies. What stands out is red.
 
     Args:

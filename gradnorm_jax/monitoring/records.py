@@ -33,7 +33,8 @@ class Monitor:
     0 alone reads and writes.
 
     Args:
-      params: The parameters that are watched, or their `jax.ShapeDtypeStruct`s.
+      params: The parameters that are watched, or their shapes as
+        `jax.ShapeDtypeStruct`.
       every: How many calls lie between two drains. The ring of `watch(window=...)`
         must hold the steps of that many calls, or the oldest are lost.
       log: The directory of this run. It is made; it may not hold another run.

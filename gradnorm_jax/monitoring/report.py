@@ -101,7 +101,7 @@ def _flow_caption(history: History) -> str:
     if len(picture.panels) > 1:
         caption += (
             " The update relative to its parameter usually lies in the shaded band,"
-            " from 1e-4 to 1e-2; what lies outside is red."
+            " from 0.0001 to 0.01; what lies outside is red."
         )
     return caption
 

@@ -20,9 +20,10 @@ def global_norm(tree: Tree, *, ord: Ord = 2) -> jax.Array:
     The root of the sum of the squared norms of the leaves, for the default p = 2.
 
     Args:
-      tree: A pytree of floating or complex arrays; of a complex entry, |x| counts.
-      ord: The order p: a number >= 1, `jnp.inf` for the largest |x|, or "rms" for the
-        root of the mean square.
+      tree: A pytree of floating or complex arrays; an entry counts with its absolute
+        value.
+      ord: The order p: a number >= 1, `jnp.inf` for the largest absolute value, or
+        "rms" for the root of the mean square.
 
     Returns:
       A float32 scalar (float64 where a leaf is). 0 for a tree without entries.
@@ -101,8 +102,8 @@ def group_norms(
       ord: The order, as in :func:`global_norm`.
 
     Returns:
-      `{label: norm}`, in the order in which the labels appear in the tree. What
-      :func:`global_norm` guarantees holds of each.
+      A dictionary with the norm of each label, in the order of the patterns or, where
+      there are none, of the tree. What :func:`global_norm` guarantees holds of each.
 
     Raises:
       TypeError: If a leaf is of an integer or boolean dtype.
