@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradnorm_jax._layout import Layout
+from gradnorm_jax import kernels
 from gradnorm_jax._typing import Groups, PerLeaf, Tree
 from gradnorm_jax.norms.fold import l2
 from gradnorm_jax.norms.granularity import measure
@@ -93,21 +93,22 @@ def watch(
         outgoing, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        trees = {"grad": updates, "update": outgoing, "param": params}
-        row = [_norms(trees[kind], groups, stacked_axes) for kind in kinds]
-        row.append(_scalars(inner_state, value))
+
+        def norms(tree: Tree) -> jax.Array:
+            parts = layout(tree, groups, stacked_axes)
+            return measure(parts, jax.tree.leaves(tree), l2)[0].astype(jnp.float32)
+
+        measures = {
+            "grad": lambda: norms(updates),
+            "update": lambda: kernels.apart(norms, state.rows >= 0, outgoing),
+            "param": lambda: norms(params),
+        }
+        row = [*(measures[kind]() for kind in kinds), _scalars(inner_state, value)]
         ring = _write(state.ring, state.rows, jnp.concatenate(row))
         rows = jnp.asarray(optax.safe_increment(state.rows))
         return outgoing, WatchState(inner_state, ring, rows)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _norms(
-    tree: Tree, groups: Groups | None, stacked_axes: PerLeaf | None
-) -> jax.Array:
-    parts: Layout = layout(tree, groups, stacked_axes)
-    return measure(parts, jax.tree.leaves(tree), l2)[0].astype(jnp.float32)
 
 
 def _scalars(inner_state: Any, value: jax.Array | float | None) -> jax.Array:

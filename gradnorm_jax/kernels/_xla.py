@@ -110,8 +110,11 @@ def apart(fun: Callable[..., Any], live: jax.Array, *args: Any) -> Any:
 
     There XLA repeats the few scalar operations that lead to a factor inside the kernel
     of every leaf, and computes what a sum reads again, entry by entry, inside the sum.
-    A branch keeps them apart. `live` must be true, and not be known to be.
+    A branch keeps them apart, on one device. `live` must be true, and not be known to
+    be.
     """
+    if not all(_is_on_one_device(x) for x in jax.tree.leaves(args)):
+        return fun(*args)
 
     def behind_a_branch(live: jax.Array, *args: Any) -> Any:
         result = jax.eval_shape(fun, *args)
@@ -169,7 +172,7 @@ def _adds_one_by_one(x: jax.Array, axes: tuple[int, ...]) -> bool:
     )
 
 
-def _is_on_one_device(x: jax.Array) -> bool:
+def _is_on_one_device(x: jax.Array | float) -> bool:
     return jax.typeof(x).sharding.mesh.empty
 
 

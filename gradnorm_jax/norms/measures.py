@@ -35,6 +35,8 @@ def global_norm(tree: Tree, *, ord: Ord = 2) -> jax.Array:
       - A NaN in the tree gives NaN, an infinity gives infinity.
       - Differentiable; the gradient of the norm at 0 is 0.
       - `None` and `optax.MaskedNode` in place of a leaf pass by.
+      - Under `jit` the norm of a sharded tree is that of the whole tree; inside
+        `shard_map` it is that of the shards of one device.
 
     Raises:
       TypeError: If a leaf is of an integer or boolean dtype.
