@@ -1,0 +1,22 @@
+"""What the tests share: eight CPU devices, one Hypothesis profile, strict numbers."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+hypothesis.settings.register_profile(
+    "gradnorm", deadline=None, derandomize=True, max_examples=50
+)
+hypothesis.settings.load_profile("gradnorm")
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """Refuses silent promotion, so that every cast in the core is written down.
+
+    Optax promotes silently: `jax.numpy_dtype_promotion("standard")` around its calls.
+    """
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

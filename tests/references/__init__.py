@@ -1,0 +1,1 @@
+"""Oracles in float64 NumPy, written from the formulas and from nothing else."""

@@ -1,0 +1,216 @@
+"""Each refusal names the function, the argument, what it got, and a way out."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradnorm_jax as gn
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+TREE = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+MIXED = {"a": jnp.ones(2), "b": jnp.ones(3, jnp.int32)}
+
+
+def update(clip, grads, *rest):
+    return clip.update(grads, clip.init(TREE), *rest)
+
+
+@pytest.mark.parametrize(
+    ("measure", "name"),
+    [
+        (gn.global_norm, "global_norm"),
+        (gn.leaf_norms, "leaf_norms"),
+        (lambda tree: gn.group_norms(tree, {".*": "x"}), "group_norms"),
+        (gn.unit_norms, "unit_norms"),
+        (gn.unitwise_norm, "unit_norms"),
+        (gn.per_leaf().measure, "per_leaf"),
+        (gn.clip_by_norm(1.0).init, "clip_by_norm"),
+        (lambda tree: update(gn.clip_by_norm(1.0), tree), "clip_by_norm"),
+        (
+            lambda tree: gn.per_example_global_norm_clip(tree, 1.0),
+            "per_example_global_norm_clip",
+        ),
+    ],
+)
+@pytest.mark.parametrize("leaf", [jnp.ones(3, jnp.int32), jnp.ones(3, bool), 3])
+def test_a_leaf_that_holds_no_real_numbers_is_refused_by_name(measure, name, leaf):
+    dtype = jnp.asarray(leaf).dtype
+    with pytest.raises(TypeError, match=rf"`{name}.*: leaf 'x/1' has dtype {dtype}"):
+        measure({"x": [jnp.ones(3), leaf]})
+
+
+@pytest.mark.parametrize(
+    "order", [0, 0.5, -1, math.nan, -math.inf, "2", "fro", None, True]
+)
+@pytest.mark.parametrize(
+    ("measure", "name"),
+    [
+        (gn.global_norm, "global_norm"),
+        (gn.leaf_norms, "leaf_norms"),
+        (gn.unit_norms, "unit_norms"),
+        (lambda tree, ord: gn.group_norms(tree, {".*": "x"}, ord=ord), "group_norms"),
+    ],
+)
+def test_what_is_not_an_order_is_refused_by_name(measure, name, order):
+    with pytest.raises(ValueError, match=rf"`{name}\(ord=\.\.\.\)` must be a number"):
+        measure(TREE, ord=order)
+
+
+ROWS = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+LIMITS = {
+    "clip": (gn.clip, "max_delta"),
+    "clip_by_norm": (gn.clip_by_norm, "threshold"),
+    "clip_by_global_norm": (gn.clip_by_global_norm, "max_norm"),
+    "clip_by_leaf_norm": (gn.clip_by_leaf_norm, "max_norm"),
+    "clip_by_unit_norm": (gn.clip_by_unit_norm, "max_norm"),
+    "clip_by_group_norm": (lambda c: gn.clip_by_group_norm({".*": c}), "max_norms"),
+    "clip_by_block_rms": (gn.clip_by_block_rms, "threshold"),
+    "constant": (gn.thresholds.constant, "limit"),
+    "relative_to_params": (gn.thresholds.relative_to_params, "factor"),
+    "per_example_global_norm_clip": (
+        lambda c: gn.per_example_global_norm_clip(ROWS, c),
+        "l2_norm_clip",
+    ),
+    "per_example_layer_norm_clip": (
+        lambda c: gn.per_example_layer_norm_clip(ROWS, c),
+        "global_l2_norm_clip",
+    ),
+}
+limits = pytest.mark.parametrize("name", LIMITS)
+
+
+@limits
+@pytest.mark.parametrize("limit", [-1.0, math.nan, np.float32(-2), -math.inf])
+def test_a_negative_limit_is_refused_by_name(name, limit):
+    make, argument = LIMITS[name]
+    message = rf"`{name}\({argument}=\.\.\.\)` must not be negative or NaN, got {limit}"
+    with pytest.raises(ValueError, match=message):
+        make(limit)
+
+
+@limits
+@pytest.mark.parametrize("limit", ["one", None, object()])
+def test_a_limit_that_is_no_number_is_refused_by_name(name, limit):
+    make, argument = LIMITS[name]
+    with pytest.raises((TypeError, ValueError), match=rf"`{name}\({argument}=\.\.\.\)"):
+        make(limit)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: gn.clip_by_norm(1.0, granularity="leaf"),
+            TypeError,
+            r"granularity=.*'leaf'",
+        ),
+        (
+            lambda: gn.clip_by_norm(1.0, granularity=gn.per_leaf),
+            TypeError,
+            "granularity=",
+        ),
+        (lambda: gn.clip_by_norm(1.0, norm=2), TypeError, "norm=.*got 2"),
+        (lambda: gn.clip_by_norm(1.0, shrink=min), TypeError, "shrink=.*got <built-in"),
+        (
+            lambda: gn.clip_by_norm(1.0, nonfinite="skip"),
+            ValueError,
+            "nonfinite=.*'skip'",
+        ),
+        (lambda: gn.clip_by_norm(1.0, eps=-1.0), ValueError, "eps=.*got -1.0"),
+        (lambda: gn.clip_by_global_norm(1.0, nonfinite=None), ValueError, "nonfinite="),
+        (lambda: gn.clip_by_group_norm(1.0), TypeError, "max_norms=.*got 1.0"),
+        (lambda: gn.clip_by_group_norm({}), TypeError, "max_norms=.*got {}"),
+        (lambda: gn.adaptive_grad_clip(0.1, eps=-1.0), ValueError, "floor=.*got -1.0"),
+        (lambda: gn.thresholds.schedule(3.0), TypeError, "limit_fn=.*got 3.0"),
+        (lambda: gn.watch(optax.adam), TypeError, "`watch.tx="),
+        (lambda: gn.watch(optax.sgd(1.0), window=0), ValueError, "window=.*got 0"),
+        (lambda: gn.watch(optax.sgd(1.0), record=()), ValueError, "record="),
+        (
+            lambda: gn.watch(optax.sgd(1.0), record="grad"),
+            ValueError,
+            "record=.*'grad'",
+        ),
+        (lambda: gn.watch(optax.sgd(1.0), record=("loss",)), ValueError, "record="),
+        (lambda: gn.scalars({"a": 1}), ValueError, "found no clip"),
+        (
+            lambda: gn.watch(optax.sgd(1.0), groups={"a": "x"}, stacked_axes=0).init(
+                TREE
+            ),
+            ValueError,
+            r"watch\(groups=\.\.\., stacked_axes=",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            lambda: gn.group_norms(TREE, {"encoder": "x"}),
+            "group_norms.*'encoder' matches no",
+        ),
+        (lambda: gn.group_norms(TREE, {"A": "x"}), "The leaves are 'a', 'b'"),
+        (lambda: gn.group_norms(TREE, {"(": "x"}), r"'\(' is not a regular expression"),
+        (lambda: gn.group_norms(TREE, lambda name: None), "puts no leaf into a group"),
+        (lambda: gn.group_norms(TREE, ["x"]), r"group_norms\(groups=\.\.\.\)` must be"),
+        (
+            lambda: gn.leaf_norms(TREE, stacked_axes={"c": 0}),
+            "leaf_norms.*'c' matches no",
+        ),
+        (lambda: gn.leaf_norms(TREE, stacked_axes=1), "axis 1 of leaf 'b'"),
+        (
+            lambda: gn.unit_norms(TREE, axes={"a": 2}),
+            r"unit_norms\(axes=.*axis 2 of leaf",
+        ),
+        (lambda: gn.unit_norms(jnp.ones((2,) * 6)), r"only up to 5 dimensions"),
+        (lambda: gn.per_group({"a": "x"}, scaled={"b": "y"}).measure(TREE), "no norm"),
+        (lambda: gn.clip_by_group_norm({"c": 1.0}).init(TREE), "'c' matches no leaf"),
+        (
+            lambda: update(gn.adaptive_grad_clip(0.1), TREE),
+            r"update\(params=\.\.\.\)` must be given",
+        ),
+        (
+            lambda: update(gn.watch(optax.sgd(1.0)), TREE),
+            r"`watch.*update\(params=\.\.\.\)` must be given",
+        ),
+        (
+            lambda: update(gn.watch(optax.identity()), {"a": jnp.ones(2)}, TREE),
+            r"columns to record|columns",
+        ),
+        (
+            lambda: gn.per_example_global_norm_clip([jnp.ones(2), jnp.ones(3)], 1.0),
+            "every leaf needs the examples along its axis 0",
+        ),
+        (
+            lambda: gn.per_example_layer_norm_clip([jnp.ones(())], 1.0),
+            "every leaf needs the examples along its axis 0",
+        ),
+        (
+            lambda: gn.thresholds.each([gn.thresholds.constant(1.0)]).init(
+                jnp.zeros(2)
+            ),
+            "one rule for each part, got 1 rules",
+        ),
+    ],
+)
+def test_a_tree_that_does_not_fit_is_refused_by_name(run, message):
+    with pytest.raises(ValueError, match=message):
+        run()
+
+
+def test_a_limit_that_is_traced_is_not_refused():
+    jax.jit(lambda c: gn.clip_by_global_norm(c).init(TREE))(-1.0)
+
+
+def test_there_is_no_other_name():
+    with pytest.raises(AttributeError, match="no attribute 'zclip'"):
+        gn.zclip  # noqa: B018

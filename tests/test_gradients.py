@@ -1,0 +1,137 @@
+"""A norm can be differentiated anywhere, also at 0 and at the ends of its range."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradnorm_jax as gn
+
+from .references import norms as reference
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+ORDERS = (1, 1.5, 2, 3, 7, math.inf, "rms")
+orders = pytest.mark.parametrize("order", ORDERS)
+VECTOR = np.array([0.5, -1.25, 2.0, 0.75], np.float32)
+
+
+def leaf_sum(tree, order):
+    return sum(jax.tree.leaves(gn.leaf_norms(tree, ord=order)))
+
+
+@orders
+def test_the_slope_at_zero_is_zero(order):
+    slope = jax.jit(jax.grad(lambda x: gn.global_norm(x, ord=order)))
+    tree = {
+        "w": jnp.zeros((2, 3)),
+        "b": jnp.zeros(()),
+        "half": jnp.zeros(2, "bfloat16"),
+    }
+    for x in jax.tree.leaves(slope(tree)):
+        np.testing.assert_array_equal(x, np.zeros(x.shape))
+
+
+@orders
+def test_a_zero_part_beside_another_has_slope_zero(order):
+    x = jnp.stack([jnp.zeros(4), VECTOR], axis=1)
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(gn.unit_norms(x, ord=order))))(x)
+    np.testing.assert_array_equal(slope[:, 0], np.zeros(4))
+    np.testing.assert_allclose(
+        slope[:, 1], reference.slope(VECTOR, order), rtol=1e-5, atol=1e-6
+    )
+
+
+@orders
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**-60, 1.0, 2.0**60, 2.0**120])
+def test_slopes_are_right_at_any_magnitude(order, scale):
+    slope = jax.jit(jax.grad(lambda x: gn.global_norm(x, ord=order)))
+    for vector in (VECTOR, np.abs(VECTOR)):
+        np.testing.assert_allclose(
+            slope(jnp.float32(scale) * vector),
+            reference.slope(vector, order),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+@orders
+def test_slopes_reach_every_leaf_and_layer(order):
+    tree = {"a": jnp.stack([VECTOR, 3 * VECTOR[::-1]]), "b": jnp.asarray(VECTOR) + 3}
+
+    def total(tree):
+        norms = gn.leaf_norms(tree, ord=order, stacked_axes={"a": 0})
+        return norms["a"][0] + 2 * norms["a"][1] + 4 * norms["b"]
+
+    slope = jax.jit(jax.grad(total))(tree)
+    rows = (1, tree["a"][0], slope["a"][0]), (2, tree["a"][1], slope["a"][1])
+    for weight, x, own in (*rows, (4, tree["b"], slope["b"])):
+        expected = weight * reference.slope(x, order)
+        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-5)
+
+
+@orders
+def test_groups_have_slopes_of_their_own(order):
+    tree = {"a": VECTOR, "b": 2 * VECTOR + 1, "c": VECTOR}
+    groups = {"[ab]": "x"}
+    slope = jax.jit(jax.grad(lambda t: gn.group_norms(t, groups, ord=order)["x"]))(tree)
+    both = reference.slope(np.concatenate([tree["a"], tree["b"]]), order)
+    flat = np.concatenate([slope["a"], slope["b"]])
+    np.testing.assert_allclose(flat, both, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(slope["c"], np.zeros(4))
+
+
+@orders
+def test_forward_and_reverse_mode_agree(order):
+    rng = np.random.default_rng(0)
+    x, dx = (
+        {
+            "w": jnp.asarray(rng.normal(size=(3, 2)), np.float32),
+            "c": jnp.asarray(rng.normal(size=2) + 1j * rng.normal(size=2), "complex64"),
+        }
+        for _ in range(2)
+    )
+    value, forward = jax.jvp(lambda t: leaf_sum(t, order), (x,), (dx,))
+    again, pull = jax.vjp(lambda t: leaf_sum(t, order), x)
+    (slope,) = pull(jnp.ones_like(again))
+    reverse = jnp.sum(slope["w"] * dx["w"]) + jnp.sum(jnp.real(slope["c"] * dx["c"]))
+    np.testing.assert_allclose(value, again, rtol=1e-6)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-5)
+
+
+@orders
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3e30])
+def test_slopes_of_complex_leaves_are_right_at_any_magnitude(order, scale):
+    # At a + bi the slope is that of the pair (a, b), conjugated as JAX has it.
+    x = np.array([0.3 - 0.4j, 1.2 + 0.5j, -2.0 + 1.5j])
+    slope = jax.grad(lambda x: gn.global_norm(x, ord=order))(
+        jnp.asarray(scale * x, "complex64")
+    )
+    modulus = reference.slope(np.abs(x), order)
+    np.testing.assert_allclose(
+        slope, np.conj(x) / np.abs(x) * modulus, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("order", [1, 1.5, 2, 3, "rms"])
+@pytest.mark.parametrize("mode", [jax.hessian, lambda f: jax.jacrev(jax.grad(f))])
+def test_second_derivatives_are_right(order, mode):
+    second = jax.jit(mode(lambda x: gn.global_norm(x, ord=order)))(jnp.asarray(VECTOR))
+    expected = reference.curvature(VECTOR.astype(np.float64), order)
+    np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_slopes_may_be_mapped():
+    x = jnp.stack([VECTOR, 1e30 * VECTOR, 0 * VECTOR])
+    slope = jax.vmap(jax.grad(gn.global_norm))(x)
+    unit = VECTOR / np.linalg.norm(VECTOR)
+    np.testing.assert_allclose(slope, [unit, unit, 0 * unit], rtol=1e-5)
+
+
+def test_float64_slopes_are_right():
+    with jax.enable_x64(True):
+        x = jnp.asarray(VECTOR, np.float64) * 1e200
+        slope = np.asarray(jax.grad(gn.global_norm)(x))
+    np.testing.assert_allclose(slope, reference.wide(VECTOR) / reference.norm([VECTOR]))
