@@ -123,7 +123,11 @@ def clip_by_norm(
 
         # MEASURE
         if norms is None:
-            measured, sound = norms_by.measure(layout, leaves, norm)
+            measured, sound = kernels.apart(
+                lambda *leaves: norms_by.measure(layout, leaves, norm),
+                state.step >= 0,
+                *leaves,
+            )
             first_bad = norms_by.first_nonfinite_leaf(layout, sound)
         else:
             measured = jnp.broadcast_to(jnp.asarray(norms), previous.norms.shape)

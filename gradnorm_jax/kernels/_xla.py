@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# On a CPU, XLA adds float16 numbers one at a time: a row that is converted on its own
-# and fits in a core's cache is added five times faster. Measured on 85 M entries.
-_CHUNK = 2**16
+# On a CPU, XLA adds float16 numbers one at a time. Rows of this many, converted and
+# added to one another, are four times faster. Measured on 85 M entries.
+_CHUNK = 2**15
 
 # A leaf below this many entries is read again with others, up to a stack of this many.
 _SMALL = 2**16
@@ -157,17 +157,19 @@ def _squares(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _square_sum_in_chunks(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     x = x.reshape(-1)
     whole = x.size // _CHUNK * _CHUNK
-    rows = jax.lax.map(
-        lambda row: jnp.sum(_squares(row, dtype)), x[:whole].reshape(-1, _CHUNK)
+    sums, _ = jax.lax.scan(
+        lambda sums, row: (sums + _squares(row, dtype), None),
+        jnp.zeros(_CHUNK, dtype),
+        x[:whole].reshape(-1, _CHUNK),
     )
-    return jnp.sum(rows) + jnp.sum(_squares(x[whole:], dtype))
+    return jnp.sum(sums) + jnp.sum(_squares(x[whole:], dtype))
 
 
 def _adds_one_by_one(x: jax.Array, axes: tuple[int, ...]) -> bool:
     return (
         x.dtype == np.float16
         and len(axes) == x.ndim
-        and x.size >= 4 * _CHUNK
+        and x.size >= 8 * _CHUNK
         and _is_on_one_device(x)
     )
 
