@@ -349,7 +349,7 @@ def test_groups_may_be_patterns_a_function_or_a_tree_of_labels():
 
 
 def test_compiled_norms_copy_no_leaf():
-    tree = [jnp.ones((512, 64))] * 96
+    tree = [jnp.ones((512, 256))] * 24 + [jnp.ones(256)] * 24
     for measure in (gn.global_norm, gn.leaf_norms):
         memory = jax.jit(measure).lower(tree).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < 0.05 * 96 * 512 * 64 * 4
+        assert memory.temp_size_in_bytes < 0.05 * 24 * 512 * 256 * 4

@@ -1,5 +1,6 @@
 """The plain jax.numpy bodies: the truth that every faster body is tested against."""
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -56,37 +57,25 @@ def square_sums_again(
 ) -> jax.Array:
     """Sums |factor x|^2 over each cell where it is wanted, with a factor for each cell.
 
-    Made for a branch that hardly ever runs: it is to compile fast and to hold little.
-    Small leaves of one shape are stacked and read together, up to 4 MB at a time, so
-    that there are few reductions to compile. A large leaf is read only if one of its
-    cells is wanted.
+    Made for a branch that hardly ever runs: it is to compile fast. Small leaves of one
+    shape are stacked and read together, so that there are few reductions to compile. A
+    large leaf is not copied, and read only if one of its cells is wanted.
     """
     bounds = np.cumsum(
         [0, *(_num_cells(x, axes) for x, axes in zip(leaves, kept, strict=True))]
     )
     sums, order = [], []
     for members in _alike(leaves, kept):
-        x, axes = leaves[members[0]], kept[members[0]]
         cells = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
-        order.append(cells)
-        shape = [n if k in axes else 1 for k, n in enumerate(x.shape)]
-
-        def read(members=members, cells=cells, shape=shape) -> jax.Array:
-            x, axes = leaves[members[0]], kept[members[0]]
-            stack = jnp.stack([leaves[i] for i in members])
-            factor = factors[cells].reshape(len(members), *shape)
-            wide = np.promote_types(stack.dtype, factor.dtype)
-            scaled = stack.astype(wide) * factor.astype(wide)
-            summed = tuple(1 + k for k in range(x.ndim) if k not in axes)
-            return jnp.sum(_squares(scaled, factor.dtype), summed).reshape(-1)
-
-        if x.size < _SMALL:
+        own = factors[cells]
+        stack = [leaves[i] for i in members]
+        read = functools.partial(_stacked_sums, stack, kept[members[0]], own)
+        if stack[0].size < _SMALL:
             sums.append(read())
         else:
-            unread = jnp.zeros(len(cells), factors.dtype)
-            sums.append(
-                jax.lax.cond(jnp.any(wanted[cells]), read, lambda unread=unread: unread)
-            )
+            skip = functools.partial(jnp.asarray, own)  # as good as any number
+            sums.append(jax.lax.cond(jnp.any(wanted[cells]), read, skip))
+        order.append(cells)
     if not sums:
         return jnp.zeros((0,), factors.dtype)
     return jnp.concatenate(sums)[np.argsort(np.concatenate(order))]
@@ -144,6 +133,19 @@ def _alike(
         for step in [max(1, _STACK // max(1, leaves[members[0]].size))]
         for start in range(0, len(members), step)
     ]
+
+
+def _stacked_sums(
+    leaves: list[jax.Array], axes: tuple[int, ...], factors: jax.Array
+) -> jax.Array:
+    """Sums |factor x|^2 over the cells of leaves of one shape, laid end to end."""
+    stack = jnp.stack(leaves)
+    shape = [n if k in axes else 1 for k, n in enumerate(leaves[0].shape)]
+    wide = np.promote_types(stack.dtype, factors.dtype)
+    factor = factors.reshape(len(leaves), *shape).astype(wide)
+    summed = tuple(1 + k for k in range(leaves[0].ndim) if k not in axes)
+    squares = _squares(stack.astype(wide) * factor, factors.dtype)
+    return jnp.sum(squares, summed).reshape(-1)
 
 
 def _squares(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
