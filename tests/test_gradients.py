@@ -83,6 +83,14 @@ def test_groups_have_slopes_of_their_own(order):
     np.testing.assert_array_equal(slope["c"], np.zeros(4))
 
 
+def test_the_slope_of_a_norm_is_in_the_leaves_it_measures_not_those_it_scales():
+    groups = gn.per_group({"a": "x", "b": "y"}, scaled={"a": "y", "b": "x"})
+    tree = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([6.0, 8.0, 24.0])}
+    slope = jax.grad(lambda t: jnp.sum(groups.measure(t)))(tree)
+    np.testing.assert_allclose(slope["a"], tree["a"] / 5, rtol=1e-6)
+    np.testing.assert_allclose(slope["b"], tree["b"] / 26, rtol=1e-6)
+
+
 @orders
 def test_forward_and_reverse_mode_agree(order):
     rng = np.random.default_rng(0)

@@ -45,7 +45,11 @@ NORMS["3"] = gn.norms.lp(3)
 granularities = pytest.mark.parametrize("part", PARTS)
 shrinks = pytest.mark.parametrize("shrink", SHRINKS)
 thresholds = pytest.mark.parametrize("threshold", THRESHOLDS)
-all_norms = pytest.mark.parametrize("norm", NORMS)
+all_norms = pytest.mark.parametrize(
+    ("part", "norm"),
+    [(part, "2") for part in PARTS]
+    + [(p, n) for p in ("whole_tree", "per_unit") for n in NORMS if n != "2"],
+)
 
 
 def leaves(**floats):
@@ -117,7 +121,6 @@ def test_a_clip_is_its_formula(part, threshold, shrink, grads):
     np.testing.assert_allclose(np.ravel(metrics.scales), scales, rtol=3e-6)
 
 
-@granularities
 @all_norms
 @settings(max_examples=20)
 @given(grads=any_size)
@@ -129,7 +132,6 @@ def test_no_norm_exceeds_its_limit(part, norm, grads):
     np.testing.assert_allclose(np.asarray(norms)[large], 1, rtol=2e-6)
 
 
-@granularities
 @all_norms
 @settings(max_examples=20)
 @given(grads=any_size)
@@ -158,7 +160,6 @@ def test_directions_are_kept_part_by_part(part, grads):
             )
 
 
-@granularities
 @all_norms
 @settings(max_examples=20)
 @given(grads=leaves(min_value=-0.03125, max_value=0.03125))
@@ -181,7 +182,6 @@ def test_a_norm_at_its_limit_is_below_it(limit):
     assert state.metrics.consecutive_clipped == 0
 
 
-@granularities
 @all_norms
 @settings(max_examples=20)
 @given(grads=ordinary, seed=st.integers(0, 9))
@@ -219,6 +219,26 @@ def test_the_largest_and_the_smallest_norms_are_clipped_to_their_limit(
     for name in SHAPES:
         np.testing.assert_allclose(clipped[name], expected[name], rtol=2e-6, atol=2e-38)
         assert np.all(np.asarray(clipped[name]) != 0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "limit"), [(1e33, 1e-10), (4e33, 1e9), (1e-33, 1e9), (1e-32, 1e-4)]
+)
+def test_one_factor_need_not_reach_from_a_norm_to_its_limit(entry, limit):
+    run = clip_at("whole_tree", shrink=gn.shrink.normalize)
+    grads = {k: np.full(s, entry, np.float32) for k, s in SHAPES.items()}
+    clipped, _ = run(jnp.float32(limit), grads)
+    expected = np.float64(limit) / np.sqrt(18)
+    for x in clipped.values():
+        np.testing.assert_allclose(x, np.full(x.shape, expected), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_factor_need_not_fit_into_the_dtype_of_the_gradients(dtype):
+    grads = jnp.full(4, 6e4, dtype)
+    clip = gn.clip_by_norm(0.004)
+    clipped, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_array_equal(clipped, jnp.full(4, 0.002, dtype))
 
 
 @granularities
@@ -300,7 +320,7 @@ def test_norms_computed_elsewhere_are_clipped_by_and_not_measured(part):
             )
 
 
-@granularities
+@pytest.mark.parametrize("part", ["whole_tree", "per_group", "per_unit"])
 def test_a_clip_can_be_differentiated_also_at_zero(part):
     clip = gn.clip_by_norm(1.0, granularity=PARTS[part][0])
 

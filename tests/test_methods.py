@@ -35,7 +35,7 @@ def run(tx, grads, params=None):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_ordinary_gradients_are_clipped_as_optax_does(name, scale):
     grads, params = random_tree(scale), random_tree(1.0, seed=1)
     ours = run(getattr(gn, name)(**CALLS[name]), grads, params)
@@ -171,12 +171,15 @@ def test_a_group_may_scale_other_leaves_than_it_measures():
         "free": jnp.array([7.0]),
         "w": jnp.array([3.0, 4.0]),
     }
-    clip = gn.clip_by_group_norm({"w": 2.5}, scaled={"w|bias": "w"})
+    grads["x"] = jnp.array([6.0, 8.0])
+    scaled = {"w|bias": "w", "x": "x"}
+    clip = gn.clip_by_group_norm({"w": 2.5, "x": 1.0}, scaled=scaled)
     clipped, state = clip.update(grads, clip.init(grads))
     np.testing.assert_allclose(clipped["w"], [1.5, 2.0], rtol=1e-6)
     np.testing.assert_allclose(clipped["bias"], [0.5], rtol=1e-6)
     np.testing.assert_array_equal(clipped["free"], [7.0])
-    np.testing.assert_allclose(state.metrics.norms, [5.0], rtol=1e-6)
+    np.testing.assert_allclose(clipped["x"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(state.metrics.norms, [5.0, 10.0], rtol=1e-6)
 
 
 def test_each_group_has_its_own_rule():

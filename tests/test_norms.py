@@ -216,6 +216,7 @@ def test_many_bfloat16_leaves_are_not_added_in_bfloat16():
 @pytest.fixture(scope="module")
 def large():
     x = np.random.default_rng(0).normal(size=2**18 + 5) * 30
+    x[-5:] = [2e4, -3e4, 1e4, 5e4, 6e4]  # what no whole chunk holds
     return jnp.asarray(x, jnp.float16)
 
 
@@ -353,3 +354,20 @@ def test_compiled_norms_copy_no_leaf():
     for measure in (gn.global_norm, gn.leaf_norms):
         memory = jax.jit(measure).lower(tree).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.05 * 24 * 512 * 256 * 4
+
+
+def test_a_large_leaf_that_is_lost_is_read_again_and_no_other_need_be():
+    draw = np.random.default_rng(1).normal(size=(2**9, 2**8)).astype(np.float32)
+    tree = {
+        "dead": np.zeros_like(draw),
+        "huge": draw * np.float32(3e18),
+        "plain": draw,
+        "tiny": draw * np.float32(1e-30),
+    }
+    norms = jax.jit(gn.leaf_norms)(tree)
+    units = jax.jit(gn.unit_norms)(tree)
+    for name, x in tree.items():
+        np.testing.assert_allclose(norms[name], reference.norm([x]), rtol=1e-6)
+        wanted = [reference.norm([column]) for column in x.T]
+        np.testing.assert_allclose(units[name][0], wanted, rtol=1e-6)
+    assert np.isnan(gn.global_norm(tree | {"bad": tree["plain"] * np.float32(np.nan)}))
