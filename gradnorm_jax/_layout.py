@@ -114,7 +114,8 @@ class Layout:
             case "each":
                 return cells
             case "examples":
-                return combine(cells.reshape(-1, *self.part_shape, *cells.shape[1:]))
+                shape = (len(self.members), *self.part_shape, *cells.shape[1:])
+                return combine(cells.reshape(shape))
         owner = [self.measured[i] for i in self.members]
         return xp.stack(
             [

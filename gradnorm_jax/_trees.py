@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gradnorm_jax._typing import Tree
 
@@ -31,8 +32,9 @@ def flatten(tree: Tree, caller: str) -> tuple[tuple[str, ...], list[Any], Any]:
     Leaves that only describe an array (`jax.ShapeDtypeStruct`) stay what they are.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in leaves]
     for position, x in enumerate(leaves):
+        if isinstance(x, np.ndarray | np.generic) or not hasattr(x, "dtype"):
+            leaves[position] = x = _as_array(x, tree, position, caller)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             name = leaf_names(tree)[position]
             raise TypeError(
@@ -43,11 +45,21 @@ def flatten(tree: Tree, caller: str) -> tuple[tuple[str, ...], list[Any], Any]:
     return leaf_names(tree), leaves, treedef
 
 
+def _as_array(x: Any, tree: Tree, position: int, caller: str) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except TypeError:
+        raise TypeError(
+            f"`{caller}`: leaf {leaf_names(tree)[position]!r} is {x!r}, which is no"
+            " array. Put `None` in its place, or take it out of the tree."
+        ) from None
+
+
 def matches(patterns: Mapping[str, Any], names: Sequence[str], caller: str) -> list:
     """Returns, for each name, the value of the first pattern that matches it whole.
 
-    A name that no pattern matches gets `None`; a pattern that matches no name is an
-    error, for it is nearly always a slip of the pen.
+    A name that no pattern matches gets `None`; a pattern that is the first to match no
+    name is an error, for it is nearly always a slip of the pen.
     """
     compiled = {pattern: _compile(pattern, caller) for pattern in patterns}
     for pattern, expression in compiled.items():
@@ -57,10 +69,18 @@ def matches(patterns: Mapping[str, Any], names: Sequence[str], caller: str) -> l
                 " regular expressions for a whole path, so 'encoder/.*' means all that"
                 f" is in the encoder. The leaves are {listed(names)}."
             )
-    return [
-        next((patterns[p] for p, e in compiled.items() if e.fullmatch(name)), None)
+    winners = [
+        next((p for p, e in compiled.items() if e.fullmatch(name)), None)
         for name in names
     ]
+    for pattern in patterns:
+        if pattern not in winners:
+            raise ValueError(
+                f"`{caller}`: every leaf that the pattern {pattern!r} matches is taken"
+                " by a pattern before it. The first that matches counts: put the"
+                " narrower one first, or leave it out."
+            )
+    return [None if p is None else patterns[p] for p in winners]
 
 
 def per_leaf(setting: Any, names: Sequence[str], caller: str) -> list:

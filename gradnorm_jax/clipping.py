@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradnorm_jax import _trees, kernels
@@ -73,7 +74,7 @@ def clip_by_norm(
       a part with        becomes                     ``metrics.scales``
       =================  ==========================  ====================
       norm 0             itself                      1
-      limit inf          itself, whatever it holds   1
+      limit inf          itself                      1
       limit 0            0                           0
       a NaN or an inf    NaN (``"propagate"``)       NaN
       a NaN or an inf    0 (``"zero"``, ``"drop"``)  0
@@ -118,8 +119,7 @@ def clip_by_norm(
             updates, "clip_by_norm(...).update(updates)"
         )
         layout = granularity.layout(updates)
-        previous: ClipMetrics = state.metrics
-        dtype = previous.norms.dtype
+        _check_state(state, layout)
 
         # MEASURE
         if norms is None:
@@ -130,14 +130,13 @@ def clip_by_norm(
             )
             first_bad = norms_by.first_nonfinite_leaf(layout, sound)
         else:
-            measured = jnp.broadcast_to(jnp.asarray(norms), previous.norms.shape)
-            first_bad = previous.first_nonfinite_leaf * 0 - 1
-        measured = measured.astype(dtype)
+            measured = _given(norms, layout)
+            first_bad = jnp.full((), -1, jnp.int32)
 
         # DECIDE
         param_norms = None
         if rule.needs_params:
-            param_norms = _param_norms(params, granularity, norm).astype(dtype)
+            param_norms = _param_norms(params, granularity, norm)
         context = Context(state.step, param_norms)
         bound = rule.decide(state.memory, measured, context)
 
@@ -158,10 +157,10 @@ def clip_by_norm(
         memory = jax.tree.map(
             lambda old, new: jnp.where(finite, new, old), state.memory, learned
         )
-        metrics = previous.after_a_step(
+        metrics = state.metrics.after_a_step(
             state.step,
             norms=measured,
-            limits=jnp.maximum(bound.limit, 0).astype(dtype),
+            limits=jnp.maximum(bound.limit, 0),
             scales=_unless(zero, factors.scales),
             was_clipped=~factors.keep & jnp.isfinite(measured),
             first_nonfinite_leaf=first_bad,
@@ -177,7 +176,7 @@ def _factors(
 ) -> tuple[Scaling, jax.Array | None]:
     """How each part is scaled, and what is set to zero: nothing, all, or parts."""
     factors = scaling(norms, bound, eps, shrink)
-    bad = ~jnp.isfinite(norms) & ~factors.keep
+    bad = ~jnp.isfinite(norms)
     match nonfinite:
         case "zero":
             return factors, jnp.any(bad)
@@ -202,6 +201,33 @@ def _apply(
 
 def _unless(zero: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if zero is None else jnp.where(zero, 0, x)
+
+
+def _given(norms: Any, layout: Layout) -> jax.Array:
+    """Returns norms that were computed elsewhere, checked."""
+    leaves = jax.tree.leaves(norms)
+    if len(leaves) != 1 or jnp.shape(leaves[0]) not in ((), layout.part_shape):
+        raise ValueError(
+            "`clip_by_norm(...).update(norms=...)` must be one array of shape"
+            f" {layout.part_shape}, as `state.metrics.norms` is, got {norms!r}."
+        )
+    norms = jnp.asarray(leaves[0])
+    wide = np.promote_types(norms.dtype, np.float32)
+    return jnp.broadcast_to(norms.astype(wide), layout.part_shape)
+
+
+def _check_state(state: Any, layout: Layout) -> None:
+    if not isinstance(state, ClipState):
+        raise TypeError(
+            "`clip_by_norm(...).update(state=...)` must be the `ClipState` that `init`"
+            f" or the last `update` returned, got a {type(state).__name__}."
+        )
+    if state.metrics.norms.shape != layout.part_shape:
+        raise ValueError(
+            "`clip_by_norm(...).update(updates)`: the updates have norms of shape"
+            f" {layout.part_shape}, but `init` was given a tree with norms of shape"
+            f" {state.metrics.norms.shape}. Both must have the same leaves."
+        )
 
 
 def _param_norms(

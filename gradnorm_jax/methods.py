@@ -211,7 +211,10 @@ def clip_by_unit_norm(
 
 
 def clip_by_block_rms(
-    threshold: Limit, *, stacked_axes: PerLeaf | None = None
+    threshold: Limit,
+    *,
+    stacked_axes: PerLeaf | None = None,
+    nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf so that the root of its mean square is at most a limit.
 
@@ -223,6 +226,7 @@ def clip_by_block_rms(
     Args:
       threshold: The limit (:math:`d`): a number, a function of the step, or a rule.
       stacked_axes: The axis along which leaves stack layers; each then has its own RMS.
+      nonfinite: As in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -243,11 +247,16 @@ def clip_by_block_rms(
         as_threshold(threshold, "clip_by_block_rms(threshold=...)"),
         granularity=per_leaf(stacked_axes=stacked_axes),
         norm=rms,
+        nonfinite=nonfinite,
     )
 
 
 def adaptive_grad_clip(
-    clipping: Scalar, eps: Scalar = 1e-3, axis: Axis | Mapping[str, Axis] | None = None
+    clipping: Scalar,
+    eps: Scalar = 1e-3,
+    axis: Axis | Mapping[str, Axis] | None = None,
+    *,
+    nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each unit to a norm in proportion to that of its weights (AGC).
 
@@ -264,6 +273,7 @@ def adaptive_grad_clip(
       eps: The smallest norm that a unit of weights counts with (:math:`\varepsilon`).
       axis: The axes that one unit spans, for every leaf or as `{pattern: axes}`; by
         default those of kernels in the layout of Flax, as in `unit_norms`.
+      nonfinite: As in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -284,7 +294,9 @@ def adaptive_grad_clip(
       Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
     return clip_by_norm(
-        relative_to_params(clipping, floor=eps), granularity=per_unit(axes=axis)
+        relative_to_params(clipping, floor=eps),
+        granularity=per_unit(axes=axis),
+        nonfinite=nonfinite,
     )
 
 

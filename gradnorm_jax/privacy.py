@@ -99,7 +99,8 @@ def per_example_layer_norm_clip(
         grads, "per_example_layer_norm_clip(grads)", each_leaf=True
     )
     entries = [math.prod(shape[1:]) for shape in layout.shapes]
-    shares = [1 / len(entries) if uniform else n / sum(entries) for n in entries]
+    total_entries = max(sum(entries), 1)
+    shares = [1 / len(entries) if uniform else n / total_entries for n in entries]
     examples = layout.shapes[0][0] if layout.shapes else 0
     limits = global_l2_norm_clip * jnp.repeat(
         jnp.sqrt(jnp.asarray(shares)),

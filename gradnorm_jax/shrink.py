@@ -37,7 +37,7 @@ class Scaling(NamedTuple):
 
     @property
     def scales(self) -> jax.Array:
-        """The factor for each part; 1 where it is kept."""
+        """The factor for each part; 1 where it is kept, 0 where it is below float32."""
         return jnp.where(self.keep, 1, self.coarse * self.fine)
 
     def scale(self, norms: jax.Array) -> jax.Array:
@@ -55,8 +55,10 @@ def scaling(norms: jax.Array, bound: Bound, eps: Scalar, shrink: Shrink) -> Scal
     measured = norms + eps
     target = shrink.target(measured, bound._replace(limit=limit))
     keep = (target == measured) | (norms == 0) | (limit == jnp.inf)
-    coarse = jnp.where(measured > _FAR, 1 / _FAR, 1)
-    coarse = jnp.where(measured < 1 / _FAR, _FAR, coarse).astype(norms.dtype)
+    far_above = (measured > _FAR) | (measured / _FAR > target)
+    far_below = (measured < 1 / _FAR) | (target / _FAR > measured)
+    coarse = jnp.where(far_above, 1 / _FAR, jnp.where(far_below, _FAR, 1))
+    coarse = coarse.astype(norms.dtype)
     fine = target / jnp.where(norms == 0, 1, measured * coarse)
     return Scaling(keep, coarse, jnp.where(jnp.isfinite(norms), fine, jnp.nan))
 

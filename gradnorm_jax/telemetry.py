@@ -30,13 +30,15 @@ class ClipMetrics(NamedTuple):
         one part, else `(parts,)`, in the order of `granularity.names(params)`.
       limits: How large each norm could be.
       scales: By what each part was multiplied: 1 if it was left as it was, NaN if its
-        norm was not finite and that was passed on, 0 if it was set to zero.
+        norm was not finite and that was passed on, 0 if it was set to zero or the
+        factor is below the smallest float32.
       num_clipped: How many parts were scaled, int32.
       clip_rate: The share of parts that were scaled, averaged over all steps so far.
       consecutive_clipped: For how many steps in a row each part was scaled, int32.
       nonfinite_count: How many steps so far had a norm that was not finite, int32.
       first_nonfinite_leaf: The first leaf whose norm was not finite in this step, as an
-        index into `leaf_names(params)`; -1 if there was none. int32.
+        index into `leaf_names` of the tree that the clip itself is given (inside
+        `optax.masked` those are not all leaves); -1 if there was none. int32.
     """
 
     norms: jax.Array
@@ -77,9 +79,9 @@ class ClipMetrics(NamedTuple):
         seen = jnp.float32(1) + step.astype(jnp.float32)
         bad = jnp.any(~jnp.isfinite(norms))
         now = ClipMetrics(
-            norms=norms,
-            limits=limits,
-            scales=scales.astype(norms.dtype),
+            norms=norms.astype(self.norms.dtype),
+            limits=limits.astype(self.norms.dtype),
+            scales=scales.astype(self.norms.dtype),
             num_clipped=jnp.sum(was_clipped, dtype=jnp.int32),
             clip_rate=self.clip_rate,
             consecutive_clipped=jnp.where(was_clipped, self.consecutive_clipped + 1, 0),
@@ -180,12 +182,18 @@ def columns(
       ('grad/b', 'grad/w', 'loss')
     """
     parts = layout(params, groups, stacked_axes).part_names
+    if len(set(parts)) < len(parts):
+        twice = next(part for part in parts if parts.count(part) > 1)
+        raise ValueError(
+            f"`watch`: two parts of the tree have the name {twice!r}, so that a record"
+            " could not tell them apart. Rename a key of the tree or a label."
+        )
     kinds = [kind for kind in KINDS if kind in record]
     return (*(f"{kind}/{part}" for kind in kinds for part in parts), *SCALARS)
 
 
 def scalars(state: Tree) -> dict[str, Any]:
-    """Returns what the clips and watches inside a state say, as a few flat scalars.
+    """Returns what the clips inside a state say, as a few flat scalars.
 
     Args:
       state: An optimizer's state, or a tree that holds one.
@@ -246,7 +254,7 @@ def _clip_scalars(metrics: ClipMetrics) -> dict[str, jax.Array]:
         }
     return norms | {
         "clip/limit": jnp.min(metrics.limits, initial=jnp.inf),
-        "clip/scale": jnp.min(metrics.scales, initial=jnp.inf),
+        "clip/scale": jnp.min(metrics.scales, initial=1),
         "clip/fraction": metrics.clipped_fraction,
         "clip/rate": metrics.clip_rate,
         "clip/consecutive": jnp.max(metrics.consecutive_clipped, initial=0),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gradnorm_jax._typing import Bound, Scalar
 
@@ -87,8 +88,8 @@ def relative_to_params(factor: Scalar, *, floor: Scalar = 1e-3) -> Threshold:
     .. math:: c_p = \lambda \max(\lVert w_p \rVert, \varepsilon)
 
     Args:
-      factor: How large a gradient may be for a parameter of norm 1 (:math:`\\lambda`).
-      floor: The smallest norm that a parameter counts with (:math:`\\varepsilon`), so
+      factor: How large a gradient may be for a parameter of norm 1 (:math:`\lambda`).
+      floor: The smallest norm that a parameter counts with (:math:`\varepsilon`), so
         that parameters that start at 0 can move.
 
     Raises:
@@ -156,15 +157,14 @@ def as_threshold(threshold: Scalar | Callable | Threshold, caller: str) -> Thres
 
 def check_limit(limit: Any, caller: str) -> None:
     """Refuses a limit that is no number, or one that is known to be below 0 or NaN."""
-    if isinstance(limit, jax.Array):
+    if isinstance(limit, Tracer):
         return
-    try:
-        known = np.asarray(limit, np.float64)
-    except (TypeError, ValueError):
+    known = None if isinstance(limit, bool | str) else _as_numbers(limit)
+    if known is None:
         raise TypeError(
             f"`{caller}` must be a number, got {limit!r}. Thresholds may also be a"
             " function of the step, or a rule of `gradnorm_jax.thresholds`."
-        ) from None
+        )
     if np.any(known < 0) or np.any(np.isnan(known)):
         raise ValueError(
             f"`{caller}` must not be negative or NaN, got {limit}. To stop the updates"
@@ -173,10 +173,21 @@ def check_limit(limit: Any, caller: str) -> None:
         )
 
 
+def _as_numbers(limit: Any) -> np.ndarray | None:
+    known = np.asarray(limit)
+    is_number = np.issubdtype(known.dtype, np.number) or known.dtype == jnp.bfloat16
+    return known.astype(np.float64) if is_number else None
+
+
 def _memoryless(limit: Callable[[jax.Array, Context], Scalar]) -> Threshold:
     def decide(memory: tuple, norms: jax.Array, context: Context) -> Bound:
         del memory
         limits = jnp.asarray(limit(norms, context), norms.dtype)
+        if limits.shape not in ((), norms.shape):
+            raise ValueError(
+                f"A limit must be one number, or one for each of the {norms.shape}"
+                f" parts that have a norm, got an array of shape {limits.shape}."
+            )
         return Bound(jnp.broadcast_to(limits, norms.shape))
 
     return Threshold(lambda norms: (), decide, lambda memory, *_: memory)

@@ -60,13 +60,13 @@ class Archive:
             "parts": {part: int(size) for part, size in sizes.items()},
         }
         text = json.dumps(description, indent=1, allow_nan=False) + "\n"
-        _replace(directory / RUN, lambda file: file.write(text.encode()))
+        write_whole(directory / RUN, lambda file: file.write(text.encode()))
 
     def append(self, steps: np.ndarray, rows: np.ndarray) -> None:
         """Writes rows; those of earlier chunks from `steps[0]` on count no longer."""
         steps, rows = np.asarray(steps, np.int64), np.asarray(rows, np.float32)
         path = self.directory / f"rows-{self._next_chunk:08d}.npz"
-        _replace(path, lambda file: np.savez(file, steps=steps, values=rows))
+        write_whole(path, lambda file: np.savez(file, steps=steps, values=rows))
         self._next_chunk += 1
         self.next_step = int(steps[-1]) + 1
         lines = _lines(History.from_rows(self.columns, steps, rows))
@@ -181,8 +181,9 @@ def _read_chunk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ) from error
 
 
-def _replace(path: Path, write) -> None:
+def write_whole(path: Path, write) -> None:
     """Writes a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -1,5 +1,6 @@
 """The pictures of a run as matplotlib figures."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradnorm_jax.monitoring import palette, series
+from gradnorm_jax.monitoring.archive import write_whole
 from gradnorm_jax.monitoring.history import History
 from gradnorm_jax.monitoring.series import plain
 
@@ -146,7 +148,8 @@ def save_all(history: History, directory: str | os.PathLike) -> list[Path]:
     paths = []
     for draw in (norm_trace, heat_map, flow):
         paths.append(directory / f"{draw.__name__}.png")
-        draw(history).savefig(paths[-1], dpi=150)
+        save = functools.partial(draw(history).savefig, format="png", dpi=150)
+        write_whole(paths[-1], save)
     return paths
 
 
@@ -156,7 +159,7 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "Pictures need matplotlib: `pip install 'gradnorm_jax[plot]'`. The HTML"
+            "Pictures need matplotlib: `pip install 'gradnorm-jax[plot]'`. The HTML"
             " report does without."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -12,7 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from gradnorm_jax import telemetry
-from gradnorm_jax.monitoring.archive import Archive
+from gradnorm_jax.monitoring.archive import Archive, load
+from gradnorm_jax.monitoring.report import write
 
 
 class Monitor:
@@ -69,12 +70,18 @@ class Monitor:
         groups: Any = None,
         stacked_axes: Any = None,
     ):
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise ValueError(
-                f"`Monitor(every=...)` must be at least 1, got {every}. It is the"
-                " number of calls from one drain to the next."
+                f"`Monitor(every=...)` must be a whole number of at least 1, got"
+                f" {every!r}. It is the number of calls from one drain to the next."
             )
         self.every = every
+        self._log = Path(log)
+        if isinstance(record, str) or not set(record) <= set(telemetry.KINDS):
+            raise ValueError(
+                f"`Monitor(record=...)` must be a tuple of some of {telemetry.KINDS},"
+                f" the one that `watch` was given, got {record!r}."
+            )
         # The ring has its columns in this order, whatever the order of `record` is.
         record = tuple(kind for kind in telemetry.KINDS if kind in record)
         self._columns = telemetry.columns(
@@ -112,6 +119,16 @@ class Monitor:
             self._drain()
         self._write()
 
+    def report(self, path: str | os.PathLike) -> None:
+        """Writes one HTML page of what has been recorded so far.
+
+        Args:
+          path: Where the page goes. After `close` it shows the whole run.
+        """
+        if self._archive is not None:
+            self._write()
+            write(load(self._log), path)
+
     def __enter__(self) -> "Monitor":
         """Returns the monitor itself."""
         return self
@@ -130,6 +147,8 @@ class Monitor:
                 " state that its `init` and `update` return."
             )
         ring, rows = found[0].ring, found[0].rows
+        if isinstance(ring, np.ndarray):  # from a checkpoint
+            ring, rows = jnp.asarray(ring), jnp.asarray(rows)
         if isinstance(ring, Tracer):
             raise ValueError(
                 "`Monitor` was called inside `jit` or another transformation. Call it"

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from gradnorm_jax.monitoring import charts, series
+from gradnorm_jax.monitoring.archive import write_whole
 from gradnorm_jax.monitoring.history import History
 from gradnorm_jax.monitoring.rows import arrange
 from gradnorm_jax.monitoring.series import plain
@@ -69,7 +70,8 @@ def write(history: History, path: str | os.PathLike) -> Path:
       The path of the file.
     """
     path = Path(path)
-    path.write_text(report(history), encoding="utf-8")
+    page = report(history).encode()
+    write_whole(path, lambda file: file.write(page))
     return path
 
 

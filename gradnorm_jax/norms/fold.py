@@ -13,6 +13,7 @@ All three are plain sums, so that the fold stays one addition, on any mesh.
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Norm(NamedTuple):
       combine: `[cells, k] -> [k]`, a fold along the leading axis.
       finish: `[..., k] -> [...]`, the norms.
       slope: `(x, norm, size) -> d norm / d x` for one entry of a part with `size`
-        entries and a norm above 0; `None` where plain differentiation is right.
+        entries and a norm above 0, the same for (c x, c norm) as for (x, norm); `None`
+        where plain differentiation is right.
     """
 
     ord: Ord
@@ -59,7 +61,8 @@ def from_ord(order: Ord, caller: str) -> Norm:
             return rms
         case str() | bool():
             pass
-        case int() | float():
+        case numbers.Real():
+            order = float(order)
             if order == 2:
                 return l2
             if order == 1:
@@ -101,7 +104,7 @@ class _Powers(NamedTuple):
         units = iter(_cells_of(leaves, kept, _divisor(largest)))
 
         def reduce(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-            ratio = jnp.abs(x).astype(dtype) / next(units)
+            ratio = _ratio(jnp.abs(x).astype(dtype), next(units))
             return jnp.sum(ratio**self.p, axes)
 
         sums = kernels.fold_cells(reduce, leaves, kept, dtype)
@@ -109,7 +112,7 @@ class _Powers(NamedTuple):
 
     def combine(self, partials: jax.Array) -> jax.Array:
         largest = jnp.max(partials[..., 0], axis=0, initial=0)
-        ratio = partials[..., 0] / _divisor(largest)
+        ratio = _ratio(partials[..., 0], _divisor(largest))
         sums = jnp.sum(partials[..., 1] * ratio**self.p, axis=0)
         return jnp.stack([largest, sums], axis=-1)
 
@@ -133,6 +136,17 @@ def _lp(p: float) -> Norm:
 
 def _divisor(largest: jax.Array) -> jax.Array:
     return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+
+
+def _ratio(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """Divides x, where XLA takes x * (1 / divisor) and flushes that to 0."""
+    factor = step_down(divisor)
+    return (x * factor) / (divisor * factor)
+
+
+def step_down(x: jax.Array) -> jax.Array:
+    """A power of two by which x can be multiplied so that 1 / x is a normal number."""
+    return jnp.where(x > 2.0**100, 2.0**-100, 1).astype(x.dtype)
 
 
 def _sum_partials(partials: jax.Array) -> jax.Array:

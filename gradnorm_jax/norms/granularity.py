@@ -11,7 +11,7 @@ import numpy as np
 from gradnorm_jax import _layout
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Groups, PerLeaf, Tree
-from gradnorm_jax.norms.fold import Norm, l2
+from gradnorm_jax.norms.fold import Norm, l2, step_down
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -143,7 +143,7 @@ def measure(
     """Returns the norm of each part, and which cells have a norm that is finite."""
     leaves = tuple(jnp.asarray(leaves[i]) for i in layout.members)
     if norm.slope is None:
-        return _evaluate(norm, layout, leaves)
+        return _compiled(norm, layout, leaves)
     return _measure(norm, layout, leaves)
 
 
@@ -163,26 +163,30 @@ def _evaluate(
     return norms, jnp.isfinite(norm.finish(cells))
 
 
-_measure = jax.custom_jvp(_evaluate, nondiff_argnums=(0, 1))
+# Compiled once for each norm and layout, so that a call outside of `jit` is cheap too.
+_compiled = jax.jit(_evaluate, static_argnums=(0, 1), inline=True)
+_measure = jax.custom_jvp(_compiled, nondiff_argnums=(0, 1))
 
 
 @_measure.defjvp
 def _measure_jvp(norm: Norm, layout: Layout, primals: tuple, tangents: tuple) -> tuple:
     assert norm.slope is not None
     # d norm = sum over a part's entries of slope(x) dx. Where the norm is 0 so is
-    # every x, and the slope is taken at norm 1, where it is 0 for every order.
+    # every x, and the slope is taken at norm 1, where it is 0 for every order. A slope
+    # does not depend on the scale: norms with a subnormal reciprocal are stepped down.
     (leaves,), (leaf_tangents,) = primals, tangents
     norms, sound = _measure(norm, layout, leaves)
     steady = jnp.where(norms == 0, 1, norms)
+    factors = step_down(steady)
     sizes = jnp.broadcast_to(jnp.asarray(layout.sizes, norms.dtype), norms.shape)
     cells = []
     for i, x, dx in zip(layout.members, leaves, leaf_tangents, strict=True):
         wide = np.promote_types(x.dtype, norms.dtype)
-        own_norm, size = (
+        own_norm, factor, size = (
             layout.spread(value, i, measured=True).astype(wide)
-            for value in (steady, sizes)
+            for value in (steady * factors, factors, sizes)
         )
-        slope = norm.slope(x.astype(wide), own_norm, size)
+        slope = norm.slope(x.astype(wide) * factor, own_norm, size)
         summed = tuple(k for k in range(x.ndim) if k not in layout.kept[i])
         product = jnp.real(jnp.conj(slope) * dx.astype(wide))
         cells.append(jnp.sum(product, summed).reshape(-1).astype(norms.dtype))
