@@ -320,3 +320,14 @@ def test_sharded_is_unsharded_and_the_state_stays_where_it_was(name, kind):
         assert later.sharding.is_equivalent_to(before.sharding, later.ndim)
     for x, out in zip(jax.tree.leaves(put), jax.tree.leaves(updates), strict=True):
         assert out.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+def test_a_second_call_outside_of_jit_compiles_nothing(caplog):
+    clip, grads = gn.clip_by_global_norm(1.0), {"a": jnp.ones(3), "b": jnp.ones(7)}
+    state = clip.init(grads)
+    clip.update(grads, state)
+    gn.leaf_norms(grads)
+    with jax.log_compiles():
+        clip.update(grads, state)
+        gn.leaf_norms(grads)
+    assert not [r for r in caplog.records if "Compiling" in r.getMessage()]

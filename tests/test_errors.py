@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import gradnorm_jax as gn
+from gradnorm_jax import telemetry
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -214,3 +215,55 @@ def test_a_limit_that_is_traced_is_not_refused():
 def test_there_is_no_other_name():
     with pytest.raises(AttributeError, match="no attribute 'zclip'"):
         gn.zclip  # noqa: B018
+
+
+def test_a_pattern_that_others_shadow_is_refused():
+    with pytest.raises(
+        ValueError, match=r"'w' matches is taken by a pattern before it"
+    ):
+        gn.clip_by_group_norm({".*": 1.0, "w": 0.5}).init({"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("limit", [None, "1", True, [None]])
+def test_a_limit_that_is_no_number_is_refused(limit):
+    with pytest.raises(TypeError, match=r"max_norm=...\)` must be a number, got"):
+        gn.clip_by_global_norm(limit)
+
+
+def test_a_known_negative_array_is_refused_like_a_number():
+    with pytest.raises(ValueError, match=r"must not be negative or NaN, got -1"):
+        gn.clip_by_global_norm(jnp.float32(-1))
+
+
+def test_as_many_limits_as_parts_or_one_are_wanted():
+    clip = gn.clip_by_leaf_norm(np.ones(3))
+    grads = [jnp.ones(2), jnp.ones(2)]
+    with pytest.raises(ValueError, match=r"each of the \(2,\) parts .* shape \(3,\)"):
+        clip.update(grads, clip.init(grads))
+
+
+def test_a_state_of_another_tree_or_kind_is_refused():
+    clip = gn.clip_by_leaf_norm(1.0)
+    state = clip.init([jnp.ones(2), jnp.ones(2)])
+    with pytest.raises(ValueError, match=r"shape \(1,\), but `init` .* shape \(2,\)"):
+        clip.update([jnp.ones(2)], state)
+    with pytest.raises(TypeError, match=r"must be the `ClipState` .* got a EmptyState"):
+        clip.update([jnp.ones(2)], optax.EmptyState())
+
+
+@pytest.mark.parametrize("norms", [np.ones(3), {"a": 1.0, "b": 2.0}])
+def test_norms_of_another_shape_are_refused(norms):
+    clip = gn.clip_by_global_norm(1.0)
+    with pytest.raises(ValueError, match=r"update\(norms=...\)` must be one array of"):
+        clip.update(jnp.ones(2), clip.init(jnp.ones(2)), norms=norms)
+
+
+def test_a_leaf_that_is_no_array_is_named():
+    with pytest.raises(TypeError, match=r"leaf 'a' is 'x', which is no array"):
+        gn.global_norm({"a": "x"})
+
+
+def test_parts_of_one_name_are_not_recorded():
+    tree = {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}
+    with pytest.raises(ValueError, match=r"two parts of the tree have the name 'a/b'"):
+        telemetry.columns(tree)

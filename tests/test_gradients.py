@@ -143,3 +143,16 @@ def test_float64_slopes_are_right():
         x = jnp.asarray(VECTOR, np.float64) * 1e200
         slope = np.asarray(jax.grad(gn.global_norm)(x))
     np.testing.assert_allclose(slope, reference.wide(VECTOR) / reference.norm([VECTOR]))
+
+
+@pytest.mark.parametrize("order", [1.5, 2, 3, jnp.inf, "rms"])
+@pytest.mark.parametrize("size", [1e38, 2e38])
+def test_norms_and_slopes_are_right_at_the_far_end_of_float32(order, size):
+    # Above 8.5e37 a reciprocal is subnormal, and XLA flushes it to 0.
+    x = np.float32([size, size / 4])
+    norm, slope = jax.jit(jax.value_and_grad(lambda x: gn.global_norm(x, ord=order)))(x)
+    unit_norm, unit_slope = jax.value_and_grad(lambda x: gn.global_norm(x, ord=order))(
+        np.float32([1, 0.25])
+    )
+    np.testing.assert_allclose(norm / np.float32(size), unit_norm, rtol=1e-6)
+    np.testing.assert_allclose(slope, unit_slope, rtol=1e-6)

@@ -193,7 +193,7 @@ def test_a_line_breaks_where_there_is_no_number():
 
 def test_a_missing_matplotlib_is_told_with_the_way_out(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'gradnorm_jax\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'gradnorm-jax\[plot\]'"):
         monitoring.norm_trace(make())
 
 
