@@ -50,8 +50,9 @@ def clip_by_norm(
       shrink: What a norm above its limit becomes: ``rescale`` (the limit), or
         ``normalize`` (the limit, and so do smaller ones).
       nonfinite: What becomes of a norm that is NaN or infinite. "propagate": its part
-        becomes NaN unless its limit is infinite. "zero": all updates of the step are zero, and the rule's memory
-        stays. "drop": only the parts without a finite norm are zero.
+        becomes NaN, unless its limit is infinite. "zero": all updates of the step are
+        zero, and the rule's memory stays. "drop": only the parts without a finite norm
+        are zero.
       eps: Added to the norm; with 1e-6 the scale is that of PyTorch,
         min(1, max_norm / (norm + eps)), which shrinks a norm at its limit too.
 
