@@ -11,8 +11,8 @@ Tree = Any
 Ord = float | str
 #: What tells the groups of a tree: `{pattern: label}`, `name -> label`, or labels.
 Groups = Mapping[str, str] | Callable[[str], Hashable] | Tree
-#: One value for every leaf, or `{pattern: value}` for the leaves it names.
 Axis = int | tuple[int, ...]
+#: One value for every leaf, or `{pattern: value}` for the leaves it names.
 PerLeaf = Axis | Mapping[str, Axis]
 #: A number that is known, or one that is traced.
 Scalar = float | jax.Array

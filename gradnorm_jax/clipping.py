@@ -156,7 +156,9 @@ def clip_by_norm(
         after = _unless(zero, factors.scale(measured))
         learned = rule.observe(state.memory, measured, after, context)
         memory = jax.tree.map(
-            lambda old, new: jnp.where(finite, new, old), state.memory, learned
+            lambda old, new: jnp.where(finite, new.astype(old.dtype), old),
+            state.memory,
+            learned,
         )
         metrics = state.metrics.after_a_step(
             state.step,

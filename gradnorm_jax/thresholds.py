@@ -34,7 +34,8 @@ class Threshold(NamedTuple):
       init: `norms -> memory`; `norms` are zeros of the shape and dtype to come.
       decide: `(memory, norms, context) -> Bound`.
       observe: `(memory, norms, clipped norms, context) -> memory`, of the structure,
-        shapes and dtypes that `init` gave. Never called with a norm that is not finite.
+        shapes and dtypes that `init` gave. What it makes of a step with a norm that is
+        not finite is discarded.
       needs_params: Whether `context.param_norms` is to be measured.
     """
 
