@@ -116,3 +116,9 @@ def test_python_m_gradnorm_jax_is_the_command():
     command = [sys.executable, "-m", "gradnorm_jax", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("gradnorm 0.")
+
+
+def test_pictures_without_matplotlib_are_refused_in_one_line(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["report", str(run[0].run), "--png"]) == 2
+    assert "pip install 'gradnorm-jax[plot]'" in capsys.readouterr().err

@@ -244,3 +244,23 @@ def test_a_call_inside_jit_is_refused(tmp_path):
 def test_a_monitor_that_never_drains_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`Monitor\(every=...\)`.*got 0"):
         Monitor(PARAMS, every=0, log=tmp_path)
+
+
+def test_a_monitor_writes_the_report_of_its_run(tmp_path):
+    page = tmp_path / "pages" / "report.html"
+    with Monitor(PARAMS, every=1, log=tmp_path / "run") as monitor:
+        monitor(state_after(3, 8))
+    monitor.report(page)
+    assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_state_from_a_checkpoint_is_read_like_any_other(tmp_path):
+    with Monitor(PARAMS, every=1, log=tmp_path) as monitor:
+        monitor(jax.device_get(state_after(3, 8)))
+    assert load(tmp_path).steps.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("record", [("grads",), "grad"])
+def test_another_kind_of_record_is_refused(record, tmp_path):
+    with pytest.raises(ValueError, match=r"Monitor\(record=...\)` must be a tuple"):
+        Monitor(PARAMS, log=tmp_path, record=record)
