@@ -14,7 +14,7 @@ from gradnorm_jax._typing import Tree
 def leaf_names(tree: Tree) -> tuple[str, ...]:
     """Names the leaves of a tree by their paths, in the order of `jax.tree.leaves`.
 
-    `ClipMetrics.first_nonfinite_leaf` is an index into this tuple.
+    `ClipMetrics.first_nonfinite_leaf` is an index into those of the tree it clips.
 
     Example:
       >>> leaf_names({"dense": {"kernel": 1.0, "bias": None}, "scale": 2.0})

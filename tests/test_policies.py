@@ -224,3 +224,17 @@ def test_a_rule_for_each_part_sees_its_own_norm_and_parameters():
     _, state = clip.update(GRADS, state, params)
     np.testing.assert_allclose(state.metrics.limits, [5, 2, 1], rtol=1e-6)
     np.testing.assert_allclose(state.memory[2][0], 12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shrink", [gn.shrink.rescale, gn.shrink.normalize])
+@pytest.mark.parametrize(
+    ("norm", "limit"),
+    [(1e10, 1e-30), (3e38, 1.0), (3e38, 1e-10), (1e-25, 1e30), (1e-30, 1.0)],
+)
+def test_a_norm_reaches_its_limit_from_however_far(norm, limit, shrink):
+    clip = gn.clip_by_norm(limit, shrink=shrink)
+    grad = np.float32([norm, 0])
+    clipped, _ = jax.jit(clip.update)(grad, clip.init(grad))
+    moves = shrink is gn.shrink.normalize or norm > limit
+    wanted = [limit if moves else norm, 0]
+    np.testing.assert_allclose(clipped, np.float32(wanted), rtol=1e-6)
