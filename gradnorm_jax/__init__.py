@@ -6,13 +6,25 @@ from gradnorm_jax import norms, shrink, thresholds
 from gradnorm_jax._trees import leaf_names
 from gradnorm_jax.clipping import clip_by_norm
 from gradnorm_jax.methods import (
+    adaclip,
+    adagc,
+    adagn,
     adaptive_grad_clip,
+    aggc,
+    autoclip,
     clip,
     clip_by_block_rms,
+    clip_by_ema_norm,
     clip_by_global_norm,
     clip_by_group_norm,
     clip_by_leaf_norm,
+    clip_by_quantile,
+    clip_by_rolling_sigma,
+    clip_by_second_moment,
     clip_by_unit_norm,
+    normalize_by_norm,
+    smooth_clip,
+    zclip,
 )
 from gradnorm_jax.norms import (
     Granularity,
@@ -32,7 +44,16 @@ from gradnorm_jax.privacy import (
     per_example_layer_norm_clip,
 )
 from gradnorm_jax.shrink import Shrink
-from gradnorm_jax.telemetry import ClipMetrics, ClipState, WatchState, find, scalars
+from gradnorm_jax.skipping import reset_state_every, skip_step, with_residual
+from gradnorm_jax.telemetry import (
+    ClipMetrics,
+    ClipState,
+    SkipMetrics,
+    SkipState,
+    WatchState,
+    find,
+    scalars,
+)
 from gradnorm_jax.thresholds import Threshold
 from gradnorm_jax.watching import watch
 
@@ -47,15 +68,26 @@ __all__ = [
     "Granularity",
     "Norm",
     "Shrink",
+    "SkipMetrics",
+    "SkipState",
     "Threshold",
     "WatchState",
+    "adaclip",
+    "adagc",
+    "adagn",
     "adaptive_grad_clip",
+    "aggc",
+    "autoclip",
     "clip",
     "clip_by_block_rms",
+    "clip_by_ema_norm",
     "clip_by_global_norm",
     "clip_by_group_norm",
     "clip_by_leaf_norm",
     "clip_by_norm",
+    "clip_by_quantile",
+    "clip_by_rolling_sigma",
+    "clip_by_second_moment",
     "clip_by_unit_norm",
     "find",
     "global_norm",
@@ -63,19 +95,25 @@ __all__ = [
     "leaf_names",
     "leaf_norms",
     "monitoring",
+    "normalize_by_norm",
     "norms",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
     "per_group",
     "per_leaf",
     "per_unit",
+    "reset_state_every",
     "scalars",
     "shrink",
+    "skip_step",
+    "smooth_clip",
     "thresholds",
     "unit_norms",
     "unitwise_norm",
     "watch",
     "whole_tree",
+    "with_residual",
+    "zclip",
 ]
 
 

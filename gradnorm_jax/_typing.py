@@ -25,7 +25,9 @@ class Bound(NamedTuple):
       limit: The largest norm that passes as it is; infinity where none is clipped.
       center: What a rule pulls larger norms toward; 0 except for rules with a trigger
         above their target.
+      floor: What a rule raises smaller norms to; 0 except for rules with a band.
     """
 
     limit: jax.Array
     center: jax.Array | float = 0.0
+    floor: jax.Array | float = 0.0

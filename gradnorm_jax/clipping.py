@@ -13,11 +13,12 @@ from gradnorm_jax import _trees, kernels
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Bound, Scalar, Tree
 from gradnorm_jax.norms import granularity as norms_by
-from gradnorm_jax.norms.fold import Norm, accumulator, l2
+from gradnorm_jax.norms.fold import Norm, accumulator, l2, linf
 from gradnorm_jax.norms.granularity import Granularity, whole_tree
 from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
 from gradnorm_jax.telemetry import ClipMetrics, ClipState
-from gradnorm_jax.thresholds import Context, Threshold, as_threshold, check_limit
+from gradnorm_jax.thresholds.memoryless import as_threshold
+from gradnorm_jax.thresholds.rule import Context, Threshold, check_limit, learn
 
 POLICIES = ("propagate", "zero", "drop")
 
@@ -48,11 +49,12 @@ def clip_by_norm(
         ``per_group(...)``, ``per_unit()``.
       norm: Which norm is taken of a part: ``l2``, ``l1``, ``linf``, ``lp(p)``, ``rms``.
       shrink: What a norm above its limit becomes: ``rescale`` (the limit), or
-        ``normalize`` (the limit, and so do smaller ones).
+        ``normalize`` (the limit, and so do smaller ones), or another one of
+        :mod:`gradnorm_jax.shrink`.
       nonfinite: What becomes of a norm that is NaN or infinite. "propagate": its part
         becomes NaN, unless its limit is infinite. "zero": all updates of the step are
-        zero, and the rule's memory stays. "drop": only the parts without a finite norm
-        are zero.
+        zero. "drop": only the parts without a finite norm are zero. The rule's memory
+        stays as it was: with "drop" that of these parts, else all of it.
       eps: Added to the norm; with 1e-6 the scale is that of PyTorch,
         min(1, max_norm / (norm + eps)), which shrinks a norm at its limit too.
 
@@ -149,23 +151,24 @@ def clip_by_norm(
             bound,
             eps,
         )
-        clipped = [_apply(layout, k, x, factors, zero) for k, x in enumerate(leaves)]
+        limits = bound.limit if shrink.spikes_only else None
+        clipped = [
+            _apply(layout, k, x, factors, zero, limits) for k, x in enumerate(leaves)
+        ]
 
         # RECORD
-        finite = jnp.all(jnp.isfinite(measured))
-        after = _unless(zero, factors.scale(measured))
-        learned = rule.observe(state.memory, measured, after, context)
-        memory = jax.tree.map(
-            lambda old, new: jnp.where(finite, new.astype(old.dtype), old),
-            state.memory,
-            learned,
+        finite = jnp.isfinite(measured)
+        taken_in = (
+            finite if nonfinite == "drop" else jnp.full_like(finite, jnp.all(finite))
         )
+        after = _unless(zero, factors.scale(measured))
+        memory = learn(rule, state.memory, measured, after, context, taken_in)
         metrics = state.metrics.after_a_step(
             state.step,
             norms=measured,
             limits=jnp.maximum(bound.limit, 0),
             scales=_unless(zero, factors.scales),
-            was_clipped=~factors.keep & jnp.isfinite(measured),
+            was_clipped=~factors.keep & finite,
             first_nonfinite_leaf=first_bad,
         )
         step = jnp.asarray(optax.safe_increment(state.step))
@@ -189,12 +192,22 @@ def _factors(
 
 
 def _apply(
-    layout: Layout, position: int, x: jax.Array, factors: Scaling, zero: Any
+    layout: Layout,
+    position: int,
+    x: jax.Array,
+    factors: Scaling,
+    zero: Any,
+    limits: jax.Array | None,
 ) -> jax.Array:
-    """Scales one leaf by the factors of its parts, and sets it to zero where asked."""
+    """Scales one leaf by the factors of its parts, and sets it to zero where asked.
+
+    With `limits`, entries that are not above the limit of their part stay as they are.
+    """
     if layout.scales(position):
-        own = Scaling(*(layout.spread(values, position) for values in factors))
-        x = kernels.scale(x, *own)
+        keep, coarse, fine = (layout.spread(values, position) for values in factors)
+        if limits is not None:
+            keep = keep | (jnp.abs(x) <= layout.spread(limits, position))
+        x = kernels.scale(x, keep, coarse, fine)
         if zero is not None and zero.ndim:
             zero = layout.spread(zero, position)
     elif zero is None or zero.ndim:
@@ -260,6 +273,11 @@ def _check(granularity: Any, norm: Any, shrink: Any, nonfinite: Any, eps: Any) -
         raise ValueError(
             f"`clip_by_norm(nonfinite=...)` must be one of {POLICIES}, got"
             f" {nonfinite!r}."
+        )
+    if shrink.spikes_only and norm is not linf:
+        raise ValueError(
+            f"`clip_by_norm(shrink={shrink}, norm=...)` must be `norms.linf`: what is"
+            f" compared with the limit are single entries, got the norm {norm.ord!r}."
         )
     check_limit(eps, "clip_by_norm(eps=...)")
 

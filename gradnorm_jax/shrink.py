@@ -19,10 +19,13 @@ class Shrink(NamedTuple):
       name: By which it is shown.
       target: `(norms, Bound) -> norms`, elementwise; a norm that comes back as it was
         leaves its part as it was.
+      spikes_only: Whether only those entries of a part are scaled that are above its
+        limit themselves.
     """
 
     name: str
     target: Callable[[jax.Array, Bound], jax.Array]
+    spikes_only: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -63,11 +66,55 @@ def scaling(norms: jax.Array, bound: Bound, eps: Scalar, shrink: Shrink) -> Scal
     return Scaling(keep, coarse, jnp.where(jnp.isfinite(norms), fine, jnp.nan))
 
 
+def _reciprocal(norms: jax.Array, bound: Bound) -> jax.Array:
+    larger = norms > bound.limit
+    room = jnp.where(larger, bound.limit - bound.center, 0)
+    excess = jnp.where(larger, norms - bound.center, 1)
+    return jnp.where(larger, bound.center + room * (room / excess), norms)
+
+
+def _smooth(norms: jax.Array, bound: Bound) -> jax.Array:
+    less, more = jnp.minimum(norms, bound.limit), jnp.maximum(norms, bound.limit)
+    return less / (1 + less / jnp.where(more > 0, more, 1))
+
+
 #: A larger norm becomes the limit: the direction stays, the length is bounded.
 rescale = Shrink("rescale", lambda norms, bound: jnp.minimum(norms, bound.limit))
 #: Every norm becomes the limit, smaller ones too: normalized gradient descent.
 normalize = Shrink(
     "normalize", lambda norms, bound: jnp.broadcast_to(bound.limit, norms.shape)
 )
+#: The further a norm is above the limit, the nearer to the center it comes down, as in
+#: ZClip: center + (limit - center)^2 / (norm - center).
+reciprocal = Shrink("reciprocal", _reciprocal)
+#: A larger norm becomes the center, the mean of a rule that has one, else 0.
+center = Shrink(
+    "center",
+    lambda norms, bound: jnp.where(norms > bound.limit, bound.center, norms),
+)
+#: A larger norm becomes 0.
+zero = Shrink("zero", lambda norms, bound: jnp.where(norms > bound.limit, 0, norms))
+#: Every norm becomes norm limit / (norm + limit), which is below both: the smooth clip
+#: of (L0, L1)-smooth descent.
+smooth = Shrink("smooth", _smooth)
+#: A larger norm becomes the limit, a smaller one the floor of a rule that has one.
+band = Shrink(
+    "band",
+    lambda norms, bound: jnp.minimum(jnp.maximum(norms, bound.floor), bound.limit),
+)
+#: A larger norm becomes the limit by scaling only the entries above it, as in AdaClip.
+#: For the norm `linf`.
+spikes = rescale._replace(name="spikes", spikes_only=True)
 
-__all__ = ["Scaling", "Shrink", "normalize", "rescale"]
+__all__ = [
+    "Scaling",
+    "Shrink",
+    "band",
+    "center",
+    "normalize",
+    "reciprocal",
+    "rescale",
+    "smooth",
+    "spikes",
+    "zero",
+]

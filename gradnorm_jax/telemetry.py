@@ -105,6 +105,75 @@ class ClipState(NamedTuple):
     metrics: ClipMetrics
 
 
+class SkipMetrics(NamedTuple):
+    """What `skip_step` did in its last step, and so far.
+
+    Attributes:
+      norm: The norm of the gradients, float32 or wider.
+      limit: How large it could be.
+      skipped: Whether the step was skipped, bool.
+      num_skipped: How many steps were skipped so far, int32.
+      consecutive_skipped: How many of them in a row, up to this step, int32.
+      let_through: How many steps were too large, and counted because too many before
+        them were skipped, int32.
+      nonfinite_count: How many steps so far were not finite, int32.
+    """
+
+    norm: jax.Array
+    limit: jax.Array
+    skipped: jax.Array
+    num_skipped: jax.Array
+    consecutive_skipped: jax.Array
+    let_through: jax.Array
+    nonfinite_count: jax.Array
+
+    @classmethod
+    def zeros(cls, norm: jax.Array) -> "SkipMetrics":
+        """What there is to say before the first step."""
+        none = jnp.zeros((), jnp.int32)
+        limit = jnp.full_like(norm, jnp.inf)
+        return cls(norm, limit, jnp.zeros((), bool), none, none, none, none)
+
+    def after_a_step(
+        self,
+        *,
+        norm: jax.Array,
+        limit: jax.Array,
+        skipped: jax.Array,
+        let_through: jax.Array,
+        finite: jax.Array,
+    ) -> "SkipMetrics":
+        """What there is to say after one more step."""
+        return SkipMetrics(
+            norm=norm.astype(self.norm.dtype),
+            limit=limit.astype(self.norm.dtype),
+            skipped=skipped,
+            num_skipped=self.num_skipped + skipped.astype(jnp.int32),
+            consecutive_skipped=jnp.where(skipped, self.consecutive_skipped + 1, 0),
+            let_through=self.let_through + let_through.astype(jnp.int32),
+            nonfinite_count=self.nonfinite_count + (~finite).astype(jnp.int32),
+        )
+
+
+class SkipState(NamedTuple):
+    """The state of `skip_step`.
+
+    Attributes:
+      inner_state: The state of the transformation inside, as the last step that was not
+        skipped left it.
+      step: How many steps there were, skipped ones too, int32.
+      memory: What the rule remembers.
+      value_memory: What the rule for the loss remembers.
+      metrics: What was done.
+    """
+
+    inner_state: Any
+    step: jax.Array
+    memory: Any
+    value_memory: Any
+    metrics: SkipMetrics
+
+
 class WatchState(NamedTuple):
     """The state of `watch`: the inner state, and the last rows of norms.
 
@@ -124,7 +193,7 @@ def find(state: Tree, kind: type[State]) -> list[State]:
 
     Args:
       state: An optimizer's state, or a tree that holds one: a `TrainState`, a tuple.
-      kind: `ClipState`, `ClipMetrics` or `WatchState`.
+      kind: `ClipState`, `ClipMetrics`, `SkipState`, `SkipMetrics` or `WatchState`.
 
     Example:
       >>> clip = gn.clip_by_global_norm(1.0)
@@ -193,7 +262,7 @@ def columns(
 
 
 def scalars(state: Tree) -> dict[str, Any]:
-    """Returns what the clips inside a state say, as a few flat scalars.
+    """Returns what the clips and skips inside a state say, as a few flat scalars.
 
     Args:
       state: An optimizer's state, or a tree that holds one.
@@ -215,10 +284,12 @@ def scalars(state: Tree) -> dict[str, Any]:
       `nonfinite/first_leaf`        index into `leaf_names(params)`, or -1
       ============================  =============================================
 
-      A second clip has the same names under "clip2/", and so on.
+      A second clip has the same names under "clip2/", and so on. Of `skip_step`, where
+      there is one: `skip/norm` and `skip/limit`, `skip/skipped` (in this step),
+      `skip/total`, `skip/consecutive`, `skip/let_through`, `skip/nonfinite`.
 
     Raises:
-      ValueError: If there is no clip inside.
+      ValueError: If there is neither inside.
 
     Example:
       >>> tx = optax.chain(gn.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -228,23 +299,34 @@ def scalars(state: Tree) -> dict[str, Any]:
       >>> round(record["grad_norm/global_preclip"], 3), round(record["clip/scale"], 3)
       (5.0, 0.2)
     """
-    found = find(state, ClipMetrics)
-    if not found:
+    clips, skips = find(state, ClipMetrics), find(state, SkipMetrics)
+    if not clips and not skips:
         raise ValueError(
             "`scalars(state)` found no clip of gradnorm_jax inside the state. Chain"
             " one, such as `gradnorm_jax.clip_by_global_norm(1.0)`; to only measure,"
             " give it the limit `jnp.inf`."
         )
     record: dict[str, Any] = {}
-    for position, metrics in enumerate(found, start=1):
-        prefix = "" if position == 1 else f"clip{position}/"
-        record |= {prefix + key: x for key, x in _clip_scalars(metrics).items()}
+    for name, found in (("clip", clips), ("skip", skips)):
+        for position, metrics in enumerate(found, start=1):
+            prefix = "" if position == 1 else f"{name}{position}/"
+            record |= {prefix + key: x for key, x in _flat(metrics).items()}
     if any(isinstance(x, Tracer) for x in record.values()):
         return record
     return {key: x.item() for key, x in jax.device_get(record).items()}
 
 
-def _clip_scalars(metrics: ClipMetrics) -> dict[str, jax.Array]:
+def _flat(metrics: ClipMetrics | SkipMetrics) -> dict[str, jax.Array]:
+    if isinstance(metrics, SkipMetrics):
+        return {
+            "skip/norm": metrics.norm,
+            "skip/limit": metrics.limit,
+            "skip/skipped": metrics.skipped,
+            "skip/total": metrics.num_skipped,
+            "skip/consecutive": metrics.consecutive_skipped,
+            "skip/let_through": metrics.let_through,
+            "skip/nonfinite": metrics.nonfinite_count,
+        }
     if metrics.norms.ndim == 0:
         norms = {"grad_norm/global_preclip": metrics.norms}
     else:
@@ -263,4 +345,12 @@ def _clip_scalars(metrics: ClipMetrics) -> dict[str, jax.Array]:
     }
 
 
-__all__ = ["ClipMetrics", "ClipState", "WatchState", "find", "scalars"]
+__all__ = [
+    "ClipMetrics",
+    "ClipState",
+    "SkipMetrics",
+    "SkipState",
+    "WatchState",
+    "find",
+    "scalars",
+]

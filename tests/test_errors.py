@@ -213,8 +213,8 @@ def test_a_limit_that_is_traced_is_not_refused():
 
 
 def test_there_is_no_other_name():
-    with pytest.raises(AttributeError, match="no attribute 'zclip'"):
-        gn.zclip  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'gradnorm'"):
+        gn.gradnorm  # noqa: B018
 
 
 def test_a_pattern_that_others_shadow_is_refused():

@@ -82,11 +82,16 @@ def test_the_memory_of_a_rule_never_takes_in_what_is_not_finite(policy, part):
     _, spoiled = update(spoilt("a"), once)
     _, infinite = update(spoilt("b", np.inf), spoiled)
     _, twice = update(GRADS, infinite)
-    chex.assert_trees_all_equal(once.memory, spoiled.memory, infinite.memory)
     assert [int(s.memory[2]) for s in (once, infinite, twice)] == [1, 1, 2]
     norms = np.array([5, 0.5, 6]) if part == "leaf" else np.sqrt(61.25)
-    np.testing.assert_allclose(twice.memory[0], 2 * norms, rtol=1e-6)
-    np.testing.assert_allclose(twice.memory[1], 2 * np.minimum(norms, 1), rtol=1e-6)
+    # "drop" goes on with the parts that are finite, and so does their memory.
+    times = np.array([3, 3, 4]) if (part, policy) == ("leaf", "drop") else 2
+    if np.ndim(times) == 0:
+        chex.assert_trees_all_equal(once.memory, spoiled.memory, infinite.memory)
+    np.testing.assert_allclose(twice.memory[0], times * norms, rtol=1e-6)
+    np.testing.assert_allclose(
+        twice.memory[1], times * np.minimum(norms, 1), rtol=1e-6
+    )
     assert int(twice.step) == 4
 
 

@@ -1,48 +1,17 @@
-"""DECIDE: from the norms seen so far to how large each norm may be.
-
-A threshold never sees a gradient. It is three functions over norms, which come as one
-array with an entry for each part (or of shape `()` where there is one part).
-"""
+"""Rules that remember nothing: constants, schedules, a share of the parameters."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from gradnorm_jax._typing import Bound, Scalar
-
-
-class Context(NamedTuple):
-    """What a rule may look at besides the norms.
-
-    Attributes:
-      step: How many updates came before this one, int32.
-      param_norms: The norms of the parameters by the same parts, if it asked for them.
-    """
-
-    step: jax.Array
-    param_norms: jax.Array | None = None
-
-
-class Threshold(NamedTuple):
-    """A rule: what it remembers, what it decides, what it learns from a step.
-
-    Attributes:
-      init: `norms -> memory`; `norms` are zeros of the shape and dtype to come.
-      decide: `(memory, norms, context) -> Bound`.
-      observe: `(memory, norms, clipped norms, context) -> memory`, of the structure,
-        shapes and dtypes that `init` gave. What it makes of a step with a norm that is
-        not finite is discarded.
-      needs_params: Whether `context.param_norms` is to be measured.
-    """
-
-    init: Callable[[jax.Array], Any]
-    decide: Callable[[Any, jax.Array, Context], Bound]
-    observe: Callable[[Any, jax.Array, jax.Array, Context], Any]
-    needs_params: bool = False
+from gradnorm_jax.thresholds.rule import (
+    Context,
+    MemoryOfEach,
+    Threshold,
+    check_limit,
+)
 
 
 def constant(limit: Scalar) -> Threshold:
@@ -117,28 +86,31 @@ def each(rules: Sequence[Threshold]) -> Threshold:
       rules: As many rules as there are parts.
     """
 
-    def init(norms: jax.Array) -> tuple:
+    def init(norms: jax.Array) -> MemoryOfEach:
         if norms.shape != (len(rules),):
             raise ValueError(
                 f"`each(rules=...)` must hold one rule for each part, got {len(rules)}"
                 f" rules for norms of shape {norms.shape}."
             )
-        return tuple(rule.init(norm) for rule, norm in zip(rules, norms, strict=True))
+        own = zip(rules, norms, strict=True)
+        return MemoryOfEach(rule.init(norm) for rule, norm in own)
 
-    def decide(memory: tuple, norms: jax.Array, context: Context) -> Bound:
+    def decide(memory: MemoryOfEach, norms: jax.Array, context: Context) -> Bound:
         bounds = [
             rule.decide(own, norms[k], _own(context, k))
             for k, (rule, own) in enumerate(zip(rules, memory, strict=True))
         ]
         return Bound(
-            jnp.stack([jnp.asarray(b.limit, norms.dtype) for b in bounds]),
-            jnp.stack([jnp.asarray(b.center, norms.dtype) for b in bounds]),
+            *(
+                jnp.stack([jnp.asarray(x, norms.dtype) for x in values])
+                for values in zip(*bounds, strict=True)
+            )
         )
 
     def observe(
-        memory: tuple, norms: jax.Array, clipped: jax.Array, context: Context
-    ) -> tuple:
-        return tuple(
+        memory: MemoryOfEach, norms: jax.Array, clipped: jax.Array, context: Context
+    ) -> MemoryOfEach:
+        return MemoryOfEach(
             rule.observe(own, norms[k], clipped[k], _own(context, k))
             for k, (rule, own) in enumerate(zip(rules, memory, strict=True))
         )
@@ -154,30 +126,6 @@ def as_threshold(threshold: Scalar | Callable | Threshold, caller: str) -> Thres
         return schedule(threshold)
     check_limit(threshold, caller)
     return constant(threshold)
-
-
-def check_limit(limit: Any, caller: str) -> None:
-    """Refuses a limit that is no number, or one that is known to be below 0 or NaN."""
-    if isinstance(limit, Tracer):
-        return
-    known = None if isinstance(limit, bool | str) else _as_numbers(limit)
-    if known is None:
-        raise TypeError(
-            f"`{caller}` must be a number, got {limit!r}. Thresholds may also be a"
-            " function of the step, or a rule of `gradnorm_jax.thresholds`."
-        )
-    if np.any(known < 0) or np.any(np.isnan(known)):
-        raise ValueError(
-            f"`{caller}` must not be negative or NaN, got {limit}. To stop the updates"
-            " of some parameters, use `optax.freeze`; to clip nothing and only measure,"
-            " use the limit `jnp.inf`."
-        )
-
-
-def _as_numbers(limit: Any) -> np.ndarray | None:
-    known = np.asarray(limit)
-    is_number = np.issubdtype(known.dtype, np.number) or known.dtype == jnp.bfloat16
-    return known.astype(np.float64) if is_number else None
 
 
 def _memoryless(limit: Callable[[jax.Array, Context], Scalar]) -> Threshold:
@@ -197,14 +145,3 @@ def _memoryless(limit: Callable[[jax.Array, Context], Scalar]) -> Threshold:
 def _own(context: Context, part: int) -> Context:
     norms = context.param_norms
     return context._replace(param_norms=None if norms is None else norms[part])
-
-
-__all__ = [
-    "Bound",
-    "Context",
-    "Threshold",
-    "constant",
-    "each",
-    "relative_to_params",
-    "schedule",
-]

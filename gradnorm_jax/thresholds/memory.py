@@ -1,0 +1,186 @@
+"""What every rule with memory shares: whom it learns from, warm-up, and re-arming."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradnorm_jax._typing import Bound, Scalar
+from gradnorm_jax.thresholds.rule import (
+    Context,
+    Threshold,
+    check_limit,
+    check_steps,
+    keep,
+)
+
+FEEDS = ("raw", "clipped")
+
+
+class Memory(NamedTuple):
+    """What a rule remembers of each part.
+
+    Attributes:
+      seen: How many norms it has taken in, int32.
+      own: What the rule itself remembers: arrays in the unit of a norm.
+      run: With `rearm_after`: for how many of its norms in a row the part was clipped,
+        int32, and the mean of the logarithms of these norms. Else `()`.
+    """
+
+    seen: jax.Array
+    own: Any
+    run: Any
+
+
+def remembering(
+    *,
+    start: Callable[[jax.Array], Any],
+    bound: Callable[[Any, jax.Array, jax.Array, Context], Bound],
+    learn: Callable[[Any, jax.Array, jax.Array, Context], Any],
+    level: Callable[[Any, jax.Array], jax.Array],
+    feed: str = "raw",
+    warmup_steps: int = 0,
+    warmup_limit: Scalar = math.inf,
+    rearm_after: int | None = None,
+) -> Threshold:
+    r"""A rule with memory, from what is particular to it.
+
+    What all such rules share is here. A norm of 0 teaches nothing: a tensor that got no
+    gradient would else get a limit of 0, and never a gradient again. During the warm-up
+    the limit is infinite, or all parts are clipped together by their global norm. And a
+    rule that feeds on clipped norms can lock in once the norms have risen for good:
+    with `rearm_after`, when a part was clipped that many times in a row, all that is
+    remembered of it is scaled so that its level is that of the run.
+
+    Args:
+      start: `norms -> own`: what is remembered before the first norm; the norms are
+        zeros of the shape and dtype to come. Arrays end with the axes of the norms.
+      bound: `(own, seen, norms, context) -> Bound`, once the rule has warmed up.
+      learn: `(own, seen, fed norms, context) -> own`.
+      level: `(own, seen) -> norms`: about how large the norms are that it remembers.
+        `own` scaled by a factor must have that level scaled by the factor.
+      feed: What the rule learns from: "raw" norms, or "clipped" ones.
+      warmup_steps: How many norms are taken in before the rule decides.
+      warmup_limit: The largest global norm of all parts during the warm-up.
+      rearm_after: After how many clipped steps in a row the memory is scaled.
+
+    Raises:
+      ValueError: If `feed` is no feed, `warmup_limit` negative, or a number of steps
+        too small.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> largest_so_far = remembering(
+      ...     start=lambda norms: norms,
+      ...     bound=lambda own, seen, norms, context: Bound(own),
+      ...     learn=lambda own, seen, norms, context: jnp.maximum(own, norms),
+      ...     level=lambda own, seen: own,
+      ...     warmup_steps=1,
+      ... )
+      >>> clip = gn.clip_by_norm(largest_so_far)
+      >>> state = clip.init(jnp.zeros(2))
+      >>> for norm in (3.0, 2.0, 5.0):
+      ...     grads, state = clip.update(jnp.array([norm, 0.0]), state)
+      >>> print(grads)
+      [3. 0.]
+    """
+    _check(feed, warmup_steps, warmup_limit, rearm_after)
+
+    def init(norms: jax.Array) -> Memory:
+        none = jnp.zeros(norms.shape, jnp.int32)
+        run = () if rearm_after is None else (none, jnp.zeros_like(norms))
+        return Memory(none, start(norms), run)
+
+    def decide(memory: Memory, norms: jax.Array, context: Context) -> Bound:
+        bounds = bound(memory.own, memory.seen, norms, context)
+        if warmup_steps == 0:
+            return bounds
+        cold = memory.seen < warmup_steps
+        limit, center = _together(norms, warmup_limit)
+        return Bound(
+            jnp.where(cold, limit, bounds.limit),
+            jnp.where(cold, center, bounds.center),
+            jnp.where(cold, 0, bounds.floor),
+        )
+
+    def observe(
+        memory: Memory, norms: jax.Array, clipped: jax.Array, context: Context
+    ) -> Memory:
+        fed = norms if feed == "raw" else clipped
+        teaches = fed != 0
+        learned = learn(memory.own, memory.seen, fed, context)
+        own = keep(memory.own, learned, ~teaches)
+        seen = memory.seen + teaches.astype(jnp.int32)
+        if rearm_after is None:
+            return Memory(seen, own, ())
+
+        steps, mean_log = memory.run
+        warm = memory.seen >= warmup_steps
+        steps = jnp.where((clipped < norms) & warm, steps + 1, 0)
+        gain = jnp.log(norms) - mean_log
+        mean_log = mean_log + gain / jnp.maximum(steps, 1).astype(norms.dtype)
+        steps = jnp.where(norms > 0, steps, memory.run[0])
+        mean_log = jnp.where(
+            norms > 0, jnp.where(steps > 0, mean_log, 0), memory.run[1]
+        )
+
+        due = steps >= rearm_after
+        factor = jnp.where(due, jnp.exp(mean_log) / level(own, seen), 1)
+        own = jax.tree.map(lambda x: jnp.where(due, x * factor, x), own)
+        run = (jnp.where(due, 0, steps), jnp.where(due, 0, mean_log))
+        return Memory(seen, own, run)
+
+    return Threshold(init, decide, observe)
+
+
+def toward(old: jax.Array, new: jax.Array, rate: Scalar) -> jax.Array:
+    """A running mean: moves from old to new by a share of the way."""
+    return old + rate * (new - old)
+
+
+def square_toward(old: jax.Array, new: jax.Array, rate: Scalar, gain: Scalar):
+    r"""Returns :math:`\sqrt{(1-r) a^2 + g b^2}`, at any magnitude."""
+    largest = jnp.maximum(old, new)
+    unit = jnp.where(largest > 0, largest, 1)
+    old, new = old / unit, new / unit
+    squares = old**2 + gain * new**2 - rate * old**2
+    return largest * jnp.sqrt(squares)
+
+
+def debiased(decay: Scalar, seen: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    r"""The share :math:`(1-\beta) / (1-\beta^t)` that the t-th norm has in a mean."""
+    known = isinstance(decay, int | float)
+    rate = math.log(decay) if known and decay > 0 else jnp.log(decay)
+    steps = (seen + 1).astype(dtype)
+    share = jnp.asarray(1 - decay, dtype) / -jnp.expm1(rate * steps)
+    return jnp.where(seen == 0, 1, share)
+
+
+def _together(norms: jax.Array, limit: Scalar) -> tuple[jax.Array, jax.Array]:
+    """The limits of parts clipped by their global norm, and the center to pull to."""
+    if isinstance(limit, int | float) and limit == math.inf:
+        return jnp.full_like(norms, jnp.inf), jnp.zeros_like(norms)
+    finite = jnp.where(jnp.isfinite(norms), norms, 0)
+    largest = jnp.max(finite, initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    total = unit * jnp.sqrt(jnp.sum((finite / unit) ** 2))
+    limits = norms * jnp.minimum(1, limit / jnp.where(total > 0, total, 1))
+    return limits, limits
+
+
+def _check(
+    feed: Any, warmup_steps: Any, warmup_limit: Any, rearm_after: int | None
+) -> None:
+    if feed not in FEEDS:
+        raise ValueError(
+            f"A rule's `feed` must be one of {FEEDS}, got {feed!r}: does it learn from"
+            " the norms before the clip, or after it?"
+        )
+    check_steps(warmup_steps, 0, "warmup_steps", "0 is no warm-up.")
+    check_limit(warmup_limit, "warmup_limit")
+    if rearm_after is not None:
+        check_steps(
+            rearm_after, 1, "rearm_after", "`None` keeps the rule as it was published."
+        )

@@ -1,0 +1,207 @@
+"""Rules that remember the last norms of each part, in a window of fixed size.
+
+A window is a queue, oldest first, of shape `(window, *norms.shape)`; where it is not
+full yet it begins with infinities.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradnorm_jax._typing import Bound, Scalar
+from gradnorm_jax.thresholds.memory import remembering
+from gradnorm_jax.thresholds.rule import (
+    Context,
+    Threshold,
+    Value,
+    at,
+    check_between,
+    check_steps,
+)
+
+
+class Ordered(NamedTuple):
+    """A window, and the same norms in ascending order, infinities last."""
+
+    queue: jax.Array
+    ordered: jax.Array
+
+
+def percentile(
+    q: Value,
+    *,
+    window: int = 1000,
+    feed: str = "raw",
+    warmup_steps: int = 0,
+    warmup_limit: Scalar = math.inf,
+    rearm_after: int | None = None,
+) -> Threshold:
+    r"""A percentile of the last norms, this one included, as in AutoClip.
+
+    .. math:: c_t = \mathrm{percentile}_q(n_{t-w+1}, \ldots, n_t)
+
+    interpolated linearly, as `numpy.percentile` does. Remembers `2 * window` numbers of
+    each part; no step sorts them anew.
+
+    Args:
+      q: Which percentile, 0 to 100 (:math:`q`).
+      window: Of how many norms (:math:`w`).
+      feed: Which norms it remembers: "raw" as in the paper, or "clipped".
+      warmup_steps: How many norms are taken in before it decides.
+      warmup_limit: The largest global norm of all parts during the warm-up.
+      rearm_after: After how many clipped steps in a row the window is scaled so that
+        its median is the norm of these steps; `None` is the rule as published, which
+        needs a window full of larger norms to follow them.
+
+    Raises:
+      ValueError: If a number is outside of its range.
+
+    Example:
+      >>> clip = gn.clip_by_norm(percentile(50.0, window=3))
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for norm in (9.0, 1.0, 2.0, 4.0):
+      ...     _, state = clip.update(jnp.array([norm]), state)
+      >>> print(state.metrics.limits)
+      2.0
+
+    References:
+      Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
+      Networks <https://arxiv.org/abs/2007.14469>`_, 2020
+    """
+    check_between(q, 0, 100, "percentile(q=...)", "It is in percent: 10 in AutoClip.")
+    check_steps(window, 1, "percentile(window=...)", "1000 is a common one.")
+
+    def learn(
+        own: Ordered, seen: jax.Array, norms: jax.Array, context: Context
+    ) -> Ordered:
+        oldest = own.queue[:1]
+        above = jnp.concatenate([own.ordered[1:], jnp.full_like(oldest, jnp.inf)])
+        rest = jnp.where(own.ordered < oldest, own.ordered, above)
+        below = jnp.concatenate([jnp.full_like(oldest, -jnp.inf), rest[:-1]])
+        return Ordered(
+            _push(own.queue, norms), jnp.maximum(below, jnp.minimum(norms, rest))
+        )
+
+    def bound(
+        own: Ordered, seen: jax.Array, norms: jax.Array, context: Context
+    ) -> Bound:
+        ordered = learn(own, seen, norms, context).ordered
+        last = jnp.minimum(seen, window - 1)
+        rank = last.astype(norms.dtype) * (at(q, context) / 100)
+        lower = jnp.floor(rank)
+        at_lower = _take(ordered, lower.astype(jnp.int32))
+        at_upper = _take(ordered, jnp.ceil(rank).astype(jnp.int32))
+        return Bound(at_lower + (rank - lower) * (at_upper - at_lower))
+
+    def start(norms: jax.Array) -> Ordered:
+        return Ordered(_empty(norms, window), _empty(norms, window))
+
+    def median(own: Ordered, seen: jax.Array) -> jax.Array:
+        return _take(own.ordered, (jnp.clip(seen, 1, window) - 1) // 2)
+
+    return remembering(
+        start=start,
+        bound=bound,
+        learn=learn,
+        level=median,
+        feed=feed,
+        warmup_steps=warmup_steps,
+        warmup_limit=warmup_limit,
+        rearm_after=rearm_after,
+    )
+
+
+def rolling_sigma(
+    k: Value,
+    *,
+    window: int = 128,
+    feed: str = "raw",
+    warmup_steps: int | None = None,
+    warmup_limit: Scalar = math.inf,
+    rearm_after: int | None = None,
+) -> Threshold:
+    r"""A limit some standard deviations above the mean of the last norms.
+
+    .. math:: c = \bar n + k s
+
+    with the mean and the standard deviation (of a sample: over :math:`w - 1`) of the
+    last norms, this one not included. The rule by which OLMo-core and MaxText skip
+    steps, with 6 deviations, and Levanter clips, with 3. Remembers `window` numbers of
+    each part.
+
+    Args:
+      k: How many standard deviations above the mean are too large (:math:`k`).
+      window: Of how many norms (:math:`w`).
+      feed: Which norms it remembers: "raw", so that a new level becomes the usual one,
+        or "clipped".
+      warmup_steps: How many norms are taken in before it decides; half of the window,
+        if not given.
+      warmup_limit: The largest global norm of all parts during the warm-up.
+      rearm_after: After how many clipped steps in a row the window is scaled so that
+        its mean is the norm of these steps.
+
+    Raises:
+      ValueError: If a number is outside of its range.
+
+    Example:
+      >>> clip = gn.clip_by_norm(rolling_sigma(1.0, window=2, warmup_steps=2))
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for norm in (9.0, 1.0, 2.0, 4.0):
+      ...     _, state = clip.update(jnp.array([norm]), state)
+      >>> print(round(float(state.metrics.limits), 3))  # of 1 and 2
+      2.207
+
+    References:
+      Groeneveld et al., `OLMo: Accelerating the Science of Language Models
+      <https://arxiv.org/abs/2402.00838>`_, 2024
+    """
+    check_between(k, 0, math.inf, "rolling_sigma(k=...)", "Common are 3 and 6.")
+    check_steps(window, 2, "rolling_sigma(window=...)", "One has no deviation.")
+    if warmup_steps is None:
+        warmup_steps = max(2, window // 2)
+    check_steps(
+        warmup_steps, 2, "rolling_sigma(warmup_steps=...)", "One has no deviation."
+    )
+
+    def moments(queue: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and deviation, at any magnitude, 0 where there is none."""
+        full = jnp.clip(seen, 1, window).astype(queue.dtype)
+        present = queue < jnp.inf
+        sizes = jnp.max(jnp.where(present, jnp.abs(queue), 0), axis=0)
+        unit = jnp.where(sizes > 0, sizes, 1)
+        ratios = jnp.where(present, queue / unit, 0)
+        mean = jnp.sum(ratios, axis=0) / full
+        distances = jnp.where(present, ratios - mean, 0)
+        squares = jnp.sum(distances**2, axis=0)
+        return unit * mean, unit * jnp.sqrt(squares / jnp.maximum(full - 1, 1))
+
+    def bound(
+        queue: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
+    ) -> Bound:
+        mean, deviation = moments(queue, seen)
+        return Bound(mean + at(k, context) * deviation, mean)
+
+    return remembering(
+        start=lambda norms: _empty(norms, window),
+        bound=bound,
+        learn=lambda queue, seen, norms, context: _push(queue, norms),
+        level=lambda queue, seen: moments(queue, seen)[0],
+        feed=feed,
+        warmup_steps=warmup_steps,
+        warmup_limit=warmup_limit,
+        rearm_after=rearm_after,
+    )
+
+
+def _empty(norms: jax.Array, window: int) -> jax.Array:
+    return jnp.full_like(norms, jnp.inf, shape=(window, *norms.shape))
+
+
+def _push(queue: jax.Array, norms: jax.Array) -> jax.Array:
+    return jnp.concatenate([queue[1:], norms[None]])
+
+
+def _take(ordered: jax.Array, rank: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(ordered, rank[None], axis=0)[0]
