@@ -106,8 +106,11 @@ def clip_by_norm(
         _, leaves, _ = _trees.flatten(params, "clip_by_norm(...).init(params)")
         shape = granularity.layout(params).part_shape
         zeros = jnp.zeros(shape, accumulator(leaves))
-        memory = rule.init(zeros)
-        return ClipState(jnp.zeros((), jnp.int32), memory, ClipMetrics.zeros(zeros))
+        state = ClipState(
+            jnp.zeros((), jnp.int32), rule.init(zeros), ClipMetrics.zeros(zeros)
+        )
+        # A buffer for each array: none can be donated twice.
+        return jax.tree.map(jnp.copy, state)
 
     def update(
         updates: Tree,
@@ -140,7 +143,11 @@ def clip_by_norm(
         param_norms = None
         if rule.needs_params:
             param_norms = _param_norms(params, granularity, norm)
-        context = Context(state.step, param_norms)
+        finite = jnp.isfinite(measured)
+        taken_in = (
+            finite if nonfinite == "drop" else jnp.full_like(finite, jnp.all(finite))
+        )
+        context = Context(state.step, param_norms, taken_in)
         bound = rule.decide(state.memory, measured, context)
 
         # APPLY
@@ -157,12 +164,8 @@ def clip_by_norm(
         ]
 
         # RECORD
-        finite = jnp.isfinite(measured)
-        taken_in = (
-            finite if nonfinite == "drop" else jnp.full_like(finite, jnp.all(finite))
-        )
         after = _unless(zero, factors.scale(measured))
-        memory = learn(rule, state.memory, measured, after, context, taken_in)
+        memory = learn(rule, state.memory, measured, after, context)
         metrics = state.metrics.after_a_step(
             state.step,
             norms=measured,

@@ -92,13 +92,16 @@ def skip_step(
     def init(params: Tree) -> SkipState:
         _, leaves, _ = _trees.flatten(params, "skip_step(...).init(params)")
         zero = jnp.zeros((), accumulator(leaves))
-        return SkipState(
-            within.init(params),
+        state = SkipState(
+            (),
             jnp.zeros((), jnp.int32),
             limits.init(zero),
             value_limits.init(jnp.zeros((), jnp.float32)),
             SkipMetrics.zeros(zero),
         )
+        # A buffer for each array: none can be donated twice.
+        state = jax.tree.map(jnp.copy, state)
+        return state._replace(inner_state=within.init(params))
 
     def update(
         updates: Tree,
@@ -116,11 +119,11 @@ def skip_step(
             *leaves,
         )
         loss = _loss(value, value_rule)
-        context = Context(state.step, _param_norm(params, limits, norm))
+        finite = jnp.isfinite(size) & jnp.isfinite(loss)
+        context = Context(state.step, _param_norm(params, limits, norm), finite)
         limit = limits.decide(state.memory, size, context).limit
         value_limit = value_limits.decide(state.value_memory, loss, context).limit
 
-        finite = jnp.isfinite(size) & jnp.isfinite(loss)
         large = (size > limit) | (loss > value_limit)
         weary = jnp.zeros((), bool)
         if max_consecutive is not None:
@@ -139,7 +142,7 @@ def skip_step(
 
         def learned(rule: Threshold, memory: Any, x: jax.Array, limit: Any) -> Any:
             known = jnp.where(skip, jnp.minimum(x, limit), x)
-            return learn(rule, memory, x, known, context, finite)
+            return learn(rule, memory, x, known, context)
 
         metrics = state.metrics.after_a_step(
             norm=size,

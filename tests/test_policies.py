@@ -89,9 +89,7 @@ def test_the_memory_of_a_rule_never_takes_in_what_is_not_finite(policy, part):
     if np.ndim(times) == 0:
         chex.assert_trees_all_equal(once.memory, spoiled.memory, infinite.memory)
     np.testing.assert_allclose(twice.memory[0], times * norms, rtol=1e-6)
-    np.testing.assert_allclose(
-        twice.memory[1], times * np.minimum(norms, 1), rtol=1e-6
-    )
+    np.testing.assert_allclose(twice.memory[1], times * np.minimum(norms, 1), rtol=1e-6)
     assert int(twice.step) == 4
 
 

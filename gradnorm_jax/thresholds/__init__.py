@@ -5,7 +5,7 @@ array with an entry for each part (or of shape `()` where there is one part).
 """
 
 from gradnorm_jax.thresholds.levels import ema_band, ema_relative, max_ema, quantile
-from gradnorm_jax.thresholds.memory import Memory, remembering
+from gradnorm_jax.thresholds.memory import remembering
 from gradnorm_jax.thresholds.memoryless import (
     constant,
     each,
@@ -16,6 +16,7 @@ from gradnorm_jax.thresholds.moments import moment_ratio, second_moment, z_score
 from gradnorm_jax.thresholds.rule import (
     Bound,
     Context,
+    Memory,
     Threshold,
 )
 from gradnorm_jax.thresholds.windows import percentile, rolling_sigma

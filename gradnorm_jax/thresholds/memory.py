@@ -1,8 +1,9 @@
 """What every rule with memory shares: whom it learns from, warm-up, and re-arming."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +11,13 @@ import jax.numpy as jnp
 from gradnorm_jax._typing import Bound, Scalar
 from gradnorm_jax.thresholds.rule import (
     Context,
+    Memory,
     Threshold,
     check_limit,
     check_steps,
-    keep,
 )
 
 FEEDS = ("raw", "clipped")
-
-
-class Memory(NamedTuple):
-    """What a rule remembers of each part.
-
-    Attributes:
-      seen: How many norms it has taken in, int32.
-      own: What the rule itself remembers: arrays in the unit of a norm.
-      run: With `rearm_after`: for how many of its norms in a row the part was clipped,
-        int32, and the mean of the logarithms of these norms. Else `()`.
-    """
-
-    seen: jax.Array
-    own: Any
-    run: Any
 
 
 def remembering(
@@ -56,11 +42,13 @@ def remembering(
 
     Args:
       start: `norms -> own`: what is remembered before the first norm; the norms are
-        zeros of the shape and dtype to come. Arrays end with the axes of the norms.
-      bound: `(own, seen, norms, context) -> Bound`, once the rule has warmed up.
-      learn: `(own, seen, fed norms, context) -> own`.
+        zeros of the shape and dtype to come.
+      bound: `(own, seen, norms, context) -> Bound`, once the rule has warmed up. Norms
+        and memory scaled by a factor must have a bound scaled by it.
+      learn: `(own, seen, fed norms, context) -> own`. What it makes of parts that
+        `context.taken_in` leaves out is discarded in arrays of the shape of the norms;
+        larger ones it must leave as they are itself.
       level: `(own, seen) -> norms`: about how large the norms are that it remembers.
-        `own` scaled by a factor must have that level scaled by the factor.
       feed: What the rule learns from: "raw" norms, or "clipped" ones.
       warmup_steps: How many norms are taken in before the rule decides.
       warmup_limit: The largest global norm of all parts during the warm-up.
@@ -90,47 +78,52 @@ def remembering(
 
     def init(norms: jax.Array) -> Memory:
         none = jnp.zeros(norms.shape, jnp.int32)
-        run = () if rearm_after is None else (none, jnp.zeros_like(norms))
+        run = (none, norms, jnp.ones_like(norms)) if rearm_after is not None else ()
         return Memory(none, start(norms), run)
 
     def decide(memory: Memory, norms: jax.Array, context: Context) -> Bound:
-        bounds = bound(memory.own, memory.seen, norms, context)
+        seen, own, run = memory
+        bounds = bound(own, seen, norms / run[2] if run else norms, context)
+        if run:
+            bounds = Bound(*(run[2] * edge for edge in bounds))
         if warmup_steps == 0:
             return bounds
-        cold = memory.seen < warmup_steps
-        limit, center = _together(norms, warmup_limit)
-        return Bound(
-            jnp.where(cold, limit, bounds.limit),
-            jnp.where(cold, center, bounds.center),
-            jnp.where(cold, 0, bounds.floor),
-        )
+        cold, warm = seen < warmup_steps, _together(norms, warmup_limit)
+        return Bound(*map(functools.partial(jnp.where, cold), warm, bounds))
 
     def observe(
         memory: Memory, norms: jax.Array, clipped: jax.Array, context: Context
     ) -> Memory:
+        seen, own, run = memory
         fed = norms if feed == "raw" else clipped
-        teaches = fed != 0
-        learned = learn(memory.own, memory.seen, fed, context)
-        own = keep(memory.own, learned, ~teaches)
-        seen = memory.seen + teaches.astype(jnp.int32)
-        if rearm_after is None:
-            return Memory(seen, own, ())
-
-        steps, mean_log = memory.run
-        warm = memory.seen >= warmup_steps
-        steps = jnp.where((clipped < norms) & warm, steps + 1, 0)
-        gain = jnp.log(norms) - mean_log
-        mean_log = mean_log + gain / jnp.maximum(steps, 1).astype(norms.dtype)
-        steps = jnp.where(norms > 0, steps, memory.run[0])
-        mean_log = jnp.where(
-            norms > 0, jnp.where(steps > 0, mean_log, 0), memory.run[1]
+        teaches = (fed != 0) & context.taken_in
+        learned = learn(
+            own,
+            seen,
+            fed / run[2] if run else fed,
+            context._replace(taken_in=teaches),
         )
 
+        def gated(old: jax.Array, new: jax.Array) -> jax.Array:
+            is_larger = old.ndim > norms.ndim
+            return new if is_larger else jnp.where(teaches, new, old)
+
+        own = jax.tree.map(gated, own, learned)
+        now_seen = seen + teaches.astype(jnp.int32)
+        if rearm_after is None:
+            return Memory(now_seen, own, ())
+
+        steps, mean_log, unit = run
+        counts = (norms > 0) & context.taken_in
+        in_a_row = (clipped < norms) & (seen >= warmup_steps)
+        steps = jnp.where(counts, jnp.where(in_a_row, steps + 1, 0), steps)
+        share = 1 / jnp.maximum(steps, 1).astype(norms.dtype)
+        mean_log = jnp.where(
+            counts & in_a_row, toward(mean_log, jnp.log(norms), share), mean_log
+        )
         due = steps >= rearm_after
-        factor = jnp.where(due, jnp.exp(mean_log) / level(own, seen), 1)
-        own = jax.tree.map(lambda x: jnp.where(due, x * factor, x), own)
-        run = (jnp.where(due, 0, steps), jnp.where(due, 0, mean_log))
-        return Memory(seen, own, run)
+        unit = jnp.where(due, jnp.exp(mean_log) / level(own, now_seen), unit)
+        return Memory(now_seen, own, (jnp.where(due, 0, steps), mean_log, unit))
 
     return Threshold(init, decide, observe)
 
@@ -158,16 +151,16 @@ def debiased(decay: Scalar, seen: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.where(seen == 0, 1, share)
 
 
-def _together(norms: jax.Array, limit: Scalar) -> tuple[jax.Array, jax.Array]:
-    """The limits of parts clipped by their global norm, and the center to pull to."""
+def _together(norms: jax.Array, limit: Scalar) -> Bound:
+    """Clips all parts by their global norm, whatever the shrink."""
     if isinstance(limit, int | float) and limit == math.inf:
-        return jnp.full_like(norms, jnp.inf), jnp.zeros_like(norms)
+        return Bound(jnp.full_like(norms, jnp.inf))
     finite = jnp.where(jnp.isfinite(norms), norms, 0)
     largest = jnp.max(finite, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     total = unit * jnp.sqrt(jnp.sum((finite / unit) ** 2))
     limits = norms * jnp.minimum(1, limit / jnp.where(total > 0, total, 1))
-    return limits, limits
+    return Bound(limits, center=limits)
 
 
 def _check(

@@ -143,5 +143,8 @@ def _memoryless(limit: Callable[[jax.Array, Context], Scalar]) -> Threshold:
 
 
 def _own(context: Context, part: int) -> Context:
-    norms = context.param_norms
-    return context._replace(param_norms=None if norms is None else norms[part])
+    return Context(
+        context.step,
+        None if context.param_norms is None else context.param_norms[part],
+        jnp.atleast_1d(context.taken_in)[part],
+    )

@@ -20,10 +20,12 @@ class Context(NamedTuple):
     Attributes:
       step: How many updates came before this one, int32.
       param_norms: The norms of the parameters by the same parts, if it asked for them.
+      taken_in: Which parts may be learned from: none that has no finite norm.
     """
 
     step: jax.Array
     param_norms: jax.Array | None = None
+    taken_in: jax.Array | bool = True
 
 
 class Threshold(NamedTuple):
@@ -44,6 +46,22 @@ class Threshold(NamedTuple):
     needs_params: bool = False
 
 
+class Memory(NamedTuple):
+    """What a rule made by `remembering` remembers of each part.
+
+    Attributes:
+      seen: How many norms it has taken in, int32.
+      own: What is particular to the rule: arrays in the unit of a norm.
+      run: With `rearm_after`: for how many of its norms in a row the part was clipped,
+        int32; the mean of the logarithms of these norms; and the unit in which `own` is
+        measured. Else `()`.
+    """
+
+    seen: jax.Array
+    own: Any
+    run: Any
+
+
 class MemoryOfEach(tuple):
     """The memories of `each`, one for each part."""
 
@@ -61,35 +79,31 @@ def learn(
     norms: jax.Array,
     clipped: jax.Array,
     context: Context,
-    taken_in: jax.Array,
 ) -> Any:
-    """Returns the memory after a step, as it was for the parts that are not taken in.
+    """Returns the memory after a step, without what must not be taken in.
 
-    Args:
-      rule: The rule.
-      memory: Its memory before the step.
-      norms: The norm of each part.
-      clipped: The norm of each part after the clip.
-      context: What else the rule may look at.
-      taken_in: For each part, whether its norm may be learned from. An array of the
-        memory that has no entry for each part changes only if all are.
+    An array of the memory of another rule than those made by `remembering` may have no
+    entry for each part: it changes only if all parts are taken in.
     """
     learned = rule.observe(memory, norms, clipped, context)
-    return keep(memory, learned, ~taken_in)
+    return keep(memory, learned, ~jnp.asarray(context.taken_in))
 
 
 def keep(old: Any, new: Any, parts: jax.Array) -> Any:
     """Returns `new`, with what `old` holds of some parts; dtypes are those of `old`."""
-    if isinstance(old, MemoryOfEach):
-        own = zip(old, new, parts, strict=True)
-        return MemoryOfEach(keep(*memories) for memories in own)
 
-    def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+    def kept(old: Any, new: Any) -> Any:
+        if isinstance(old, Memory):  # has heeded `taken_in` itself
+            return new
+        if isinstance(old, MemoryOfEach):
+            own = zip(old, new, parts, strict=True)
+            return MemoryOfEach(keep(*memories) for memories in own)
         by_part = old.shape[old.ndim - parts.ndim :] == parts.shape
         where = parts if by_part else jnp.any(parts)
         return jnp.where(where, old, new.astype(old.dtype))
 
-    return jax.tree.map(kept, old, new)
+    special = (Memory, MemoryOfEach)
+    return jax.tree.map(kept, old, new, is_leaf=lambda x: isinstance(x, special))
 
 
 def at(value: Value, context: Context) -> Scalar:

@@ -1,7 +1,7 @@
 """Rules that remember the last norms of each part, in a window of fixed size.
 
-A window is a queue, oldest first, of shape `(window, *norms.shape)`; where it is not
-full yet it begins with infinities.
+A window is a ring of shape `(window, *norms.shape)`: the norm that is taken in after
+`seen` others is in row `seen % window`. Where there is none yet, it holds infinity.
 """
 
 import math
@@ -23,9 +23,13 @@ from gradnorm_jax.thresholds.rule import (
 
 
 class Ordered(NamedTuple):
-    """A window, and the same norms in ascending order, infinities last."""
+    """A window, and the same norms in ascending order between -infinity and infinity.
 
-    queue: jax.Array
+    Where the k-th of them is in row k + 1, to take one out and to put one in changes
+    each row by what its neighbors hold: nothing is ever sorted.
+    """
+
+    ring: jax.Array
     ordered: jax.Array
 
 
@@ -76,30 +80,38 @@ def percentile(
     def learn(
         own: Ordered, seen: jax.Array, norms: jax.Array, context: Context
     ) -> Ordered:
-        oldest = own.queue[:1]
-        above = jnp.concatenate([own.ordered[1:], jnp.full_like(oldest, jnp.inf)])
-        rest = jnp.where(own.ordered < oldest, own.ordered, above)
-        below = jnp.concatenate([jnp.full_like(oldest, -jnp.inf), rest[:-1]])
+        ring, ordered = own
+        # To take out and to put in infinity changes nothing.
+        oldest = jnp.where(context.taken_in, _oldest(ring, seen), jnp.inf)
+        newest = jnp.where(context.taken_in, norms, jnp.inf)
+        inner = _exchange(ordered[:-2], ordered[1:-1], ordered[2:], oldest, newest)
         return Ordered(
-            _push(own.queue, norms), jnp.maximum(below, jnp.minimum(norms, rest))
+            _put(ring, seen, norms, context),
+            jnp.concatenate([ordered[:1], inner, ordered[-1:]]),
         )
 
     def bound(
         own: Ordered, seen: jax.Array, norms: jax.Array, context: Context
     ) -> Bound:
-        ordered = learn(own, seen, norms, context).ordered
-        last = jnp.minimum(seen, window - 1)
+        ring, ordered = own
+        last = jnp.minimum(seen, window - 1)  # with the norm of this step
         rank = last.astype(norms.dtype) * (at(q, context) / 100)
         lower = jnp.floor(rank)
-        at_lower = _take(ordered, lower.astype(jnp.int32))
-        at_upper = _take(ordered, jnp.ceil(rank).astype(jnp.int32))
-        return Bound(at_lower + (rank - lower) * (at_upper - at_lower))
+        a, b, c, d = (_row(ordered, lower.astype(jnp.int32) + k) for k in range(4))
+        oldest = _oldest(ring, seen)
+        at_lower = _exchange(a, b, c, oldest, norms)
+        at_upper = _exchange(b, c, d, oldest, norms)
+        rest = jnp.where(rank > lower, (rank - lower) * (at_upper - at_lower), 0)
+        return Bound(at_lower + rest)
 
     def start(norms: jax.Array) -> Ordered:
-        return Ordered(_empty(norms, window), _empty(norms, window))
+        lowest = jnp.full_like(norms, -jnp.inf)[None]
+        return Ordered(
+            _ring(norms, window), jnp.concatenate([lowest, _ring(norms, window + 1)])
+        )
 
     def median(own: Ordered, seen: jax.Array) -> jax.Array:
-        return _take(own.ordered, (jnp.clip(seen, 1, window) - 1) // 2)
+        return _row(own.ordered, (jnp.clip(seen, 1, window) + 1) // 2)
 
     return remembering(
         start=start,
@@ -165,29 +177,29 @@ def rolling_sigma(
         warmup_steps, 2, "rolling_sigma(warmup_steps=...)", "One has no deviation."
     )
 
-    def moments(queue: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def moments(ring: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and deviation, at any magnitude, 0 where there is none."""
-        full = jnp.clip(seen, 1, window).astype(queue.dtype)
-        present = queue < jnp.inf
-        sizes = jnp.max(jnp.where(present, jnp.abs(queue), 0), axis=0)
+        full = jnp.clip(seen, 1, window).astype(ring.dtype)
+        present = ring < jnp.inf
+        sizes = jnp.max(jnp.where(present, jnp.abs(ring), 0), axis=0)
         unit = jnp.where(sizes > 0, sizes, 1)
-        ratios = jnp.where(present, queue / unit, 0)
+        ratios = jnp.where(present, ring / unit, 0)
         mean = jnp.sum(ratios, axis=0) / full
         distances = jnp.where(present, ratios - mean, 0)
         squares = jnp.sum(distances**2, axis=0)
         return unit * mean, unit * jnp.sqrt(squares / jnp.maximum(full - 1, 1))
 
     def bound(
-        queue: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
+        ring: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
     ) -> Bound:
-        mean, deviation = moments(queue, seen)
+        mean, deviation = moments(ring, seen)
         return Bound(mean + at(k, context) * deviation, mean)
 
     return remembering(
-        start=lambda norms: _empty(norms, window),
+        start=lambda norms: _ring(norms, window),
         bound=bound,
-        learn=lambda queue, seen, norms, context: _push(queue, norms),
-        level=lambda queue, seen: moments(queue, seen)[0],
+        learn=_put,
+        level=lambda ring, seen: moments(ring, seen)[0],
         feed=feed,
         warmup_steps=warmup_steps,
         warmup_limit=warmup_limit,
@@ -195,13 +207,36 @@ def rolling_sigma(
     )
 
 
-def _empty(norms: jax.Array, window: int) -> jax.Array:
-    return jnp.full_like(norms, jnp.inf, shape=(window, *norms.shape))
+def _ring(norms: jax.Array, rows: int) -> jax.Array:
+    return jnp.full_like(norms, jnp.inf, shape=(rows, *norms.shape))
 
 
-def _push(queue: jax.Array, norms: jax.Array) -> jax.Array:
-    return jnp.concatenate([queue[1:], norms[None]])
+def _row(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns the entry of each part in its own row; the last row counts beyond it."""
+    return jnp.take_along_axis(rows, index[None], axis=0, mode="clip")[0]
 
 
-def _take(ordered: jax.Array, rank: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(ordered, rank[None], axis=0)[0]
+def _oldest(ring: jax.Array, seen: jax.Array) -> jax.Array:
+    return _row(ring, seen % len(ring))
+
+
+def _put(
+    ring: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
+) -> jax.Array:
+    """Puts the norm of each part that is taken in into the place of its oldest."""
+    entries = jnp.where(context.taken_in, norms, _oldest(ring, seen))
+    row = (seen % len(ring))[None]
+    return jnp.put_along_axis(ring, row, entries[None], axis=0, inplace=False)
+
+
+def _exchange(
+    below: jax.Array,
+    here: jax.Array,
+    above: jax.Array,
+    oldest: jax.Array,
+    newest: jax.Array,
+) -> jax.Array:
+    """What ascending rows hold once one entry is taken out and another is put in."""
+    here_after = jnp.where(here < oldest, here, above)
+    below_after = jnp.where(below < oldest, below, here)
+    return jnp.maximum(below_after, jnp.minimum(newest, here_after))
