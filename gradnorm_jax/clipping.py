@@ -209,7 +209,9 @@ def _apply(
     if layout.scales(position):
         keep, coarse, fine = (layout.spread(values, position) for values in factors)
         if limits is not None:
-            keep = keep | (jnp.abs(x) <= layout.spread(limits, position))
+            size = jnp.abs(x)
+            size = size.astype(np.promote_types(size.dtype, limits.dtype))
+            keep = keep | (size <= layout.spread(limits, position))
         x = kernels.scale(x, keep, coarse, fine)
         if zero is not None and zero.ndim:
             zero = layout.spread(zero, position)

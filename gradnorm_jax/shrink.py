@@ -58,7 +58,7 @@ def scaling(norms: jax.Array, bound: Bound, eps: Scalar, shrink: Shrink) -> Scal
     measured = norms + eps
     target = shrink.target(measured, bound._replace(limit=limit))
     keep = (target == measured) | (norms == 0) | (limit == jnp.inf)
-    far_above = (measured > _FAR) | (measured / _FAR > target)
+    far_above = (measured > _FAR) | ((measured / _FAR > target) & (target > 0))
     far_below = (measured < 1 / _FAR) | (target / _FAR > measured)
     coarse = jnp.where(far_above, 1 / _FAR, jnp.where(far_below, _FAR, 1))
     coarse = coarse.astype(norms.dtype)

@@ -37,6 +37,29 @@ TRANSFORMATIONS = {
     "clip_by_leaf_norm": lambda: gn.clip_by_leaf_norm(1.0, nonfinite="drop"),
     "clip_by_group_norm": lambda: gn.clip_by_group_norm({"layers": 1.0, ".*": 2.0}),
     "clip_by_unit_norm": lambda: gn.clip_by_unit_norm(1.0),
+    "autoclip": lambda: gn.autoclip(window=5, rearm_after=3),
+    "zclip": lambda: gn.zclip(granularity=gn.per_unit(), rearm_after=3),
+    "adagc": lambda: gn.adagc(stacked_axes={"layers": 0}, rearm_after=3),
+    "clip_by_ema_norm": lambda: gn.clip_by_ema_norm(1.5),
+    "aggc": lambda: gn.aggc({"layers": "x", ".*": "y"}, 0.5, 2.0),
+    "adagn": gn.adagn,
+    "adaclip": lambda: gn.adaclip(nonfinite="drop"),
+    "clip_by_quantile": lambda: gn.clip_by_quantile(rearm_after=3),
+    "clip_by_rolling_sigma": lambda: gn.clip_by_rolling_sigma(window=4),
+    "clip_by_second_moment": gn.clip_by_second_moment,
+    "rules by group": lambda: gn.clip_by_group_norm(
+        {"layers": gn.thresholds.percentile(50, window=3), ".*": 1.0}
+    ),
+    "smooth_clip": lambda: gn.smooth_clip(1.0),
+    "normalize_by_norm": gn.normalize_by_norm,
+    "skip_step": lambda: gn.skip_step(
+        optax.chain(gn.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+        gn.thresholds.rolling_sigma(6.0, window=4),
+    ),
+    "reset_state_every": lambda: gn.reset_state_every(
+        optax.chain(gn.adaclip(), optax.scale_by_adam()), 2, warmup_steps=2
+    ),
+    "with_residual": lambda: gn.with_residual(gn.clip_by_global_norm(1.0)),
     "watch": lambda: gn.watch(optax.adamw(1e-3), window=4),
     "watch a clip": lambda: gn.watch(
         optax.chain(gn.clip_by_leaf_norm(1.0), optax.adamw(1e-3)),
@@ -120,7 +143,7 @@ def test_it_compiles_once_with_donation(name):
         return state, updates
 
     jitted = jax.jit(step, donate_argnums=0)
-    state = jax.jit(tx.init)(TREE)
+    state = tx.init(TREE)
     for k in range(3):
         state, updates = jitted(state, grads_at(k))
     assert len(traces) == 1
@@ -142,7 +165,11 @@ def test_it_ignores_extra_arguments_and_passes_absent_leaves(name):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize(
-    "name", ["whole_tree", "stacked", "per_unit", "clip", "adaptive_grad_clip", "watch"]
+    "name",
+    [
+        *("whole_tree", "stacked", "per_unit", "clip", "adaptive_grad_clip", "watch"),
+        *("autoclip", "zclip", "skip_step", "with_residual"),
+    ],
 )
 def test_it_rides_in_scan_inside_the_wrappers_of_optax(name, wrapper):
     tx = optax.with_extra_args_support(WRAPPERS[wrapper](TRANSFORMATIONS[name]()))

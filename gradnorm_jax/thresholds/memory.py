@@ -86,7 +86,7 @@ def remembering(
         bounds = bound(own, seen, norms / run[2] if run else norms, context)
         if run:
             bounds = Bound(*(run[2] * edge for edge in bounds))
-        if warmup_steps == 0:
+        if isinstance(warmup_steps, int) and warmup_steps == 0:
             return bounds
         cold, warm = seen < warmup_steps, _together(norms, warmup_limit)
         return Bound(*map(functools.partial(jnp.where, cold), warm, bounds))
@@ -159,8 +159,9 @@ def _together(norms: jax.Array, limit: Scalar) -> Bound:
     largest = jnp.max(finite, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     total = unit * jnp.sqrt(jnp.sum((finite / unit) ** 2))
-    limits = norms * jnp.minimum(1, limit / jnp.where(total > 0, total, 1))
-    return Bound(limits, center=limits)
+    clipped = norms * jnp.minimum(1, limit / jnp.where(total > 0, total, 1))
+    limits = jnp.where(limit == jnp.inf, jnp.inf, clipped)
+    return Bound(limits, center=clipped)
 
 
 def _check(

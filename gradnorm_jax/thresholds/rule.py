@@ -145,10 +145,23 @@ def check_decay(value: Any, caller: str) -> None:
 
 def check_steps(value: Any, least: int, caller: str, why: str) -> None:
     """Refuses what is not a whole number of steps, or too few of them."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if isinstance(value, Tracer):
+        return
+    whole = np.issubdtype(np.asarray(value).dtype, np.integer)
+    if not whole or np.ndim(value):
         raise TypeError(f"`{caller}` must be a whole number of steps, got {value!r}.")
     if value < least:
         raise ValueError(f"`{caller}` must be at least {least}, got {value}. {why}")
+
+
+def check_window(value: Any, least: int, caller: str, why: str) -> None:
+    """Refuses a number of norms to remember that is too small, or not known."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{caller}` must be a known number, as it is the size of an array, got"
+            f" {value!r}. `optax.inject_hyperparams` takes `static_args='window'`."
+        )
+    check_steps(value, least, caller, why)
 
 
 def _known(number: Any, caller: str) -> np.ndarray | None:

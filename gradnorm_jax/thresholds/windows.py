@@ -19,6 +19,7 @@ from gradnorm_jax.thresholds.rule import (
     at,
     check_between,
     check_steps,
+    check_window,
 )
 
 
@@ -75,7 +76,7 @@ def percentile(
       Networks <https://arxiv.org/abs/2007.14469>`_, 2020
     """
     check_between(q, 0, 100, "percentile(q=...)", "It is in percent: 10 in AutoClip.")
-    check_steps(window, 1, "percentile(window=...)", "1000 is a common one.")
+    check_window(window, 1, "percentile(window=...)", "1000 is a common one.")
 
     def learn(
         own: Ordered, seen: jax.Array, norms: jax.Array, context: Context
@@ -170,7 +171,7 @@ def rolling_sigma(
       <https://arxiv.org/abs/2402.00838>`_, 2024
     """
     check_between(k, 0, math.inf, "rolling_sigma(k=...)", "Common are 3 and 6.")
-    check_steps(window, 2, "rolling_sigma(window=...)", "One has no deviation.")
+    check_window(window, 2, "rolling_sigma(window=...)", "One has no deviation.")
     if warmup_steps is None:
         warmup_steps = max(2, window // 2)
     check_steps(

@@ -15,6 +15,27 @@ def normalize(size, limit):
     return limit
 
 
+def reciprocal(size, limit, center=0.0, floor=0.0):
+    over = size > limit
+    return center + (limit - center) ** 2 / (size - center) if over else size
+
+
+def center(size, limit, center=0.0, floor=0.0):
+    return center if size > limit else size
+
+
+def zero(size, limit, center=0.0, floor=0.0):
+    return 0.0 if size > limit else size
+
+
+def smooth(size, limit, center=0.0, floor=0.0):
+    return size * limit / (size + limit) if size else size
+
+
+def band(size, limit, center=0.0, floor=0.0):
+    return min(max(size, floor), limit)
+
+
 def factor(size, limit, shrink=rescale, eps=0.0):
     """Returns what a part is multiplied by; `None` where it is left as it is."""
     if size == 0 or limit == math.inf:
