@@ -89,6 +89,55 @@ def watched_steps(repeats: int) -> Iterator[Row]:
     yield _row("watch in AdamW", "dense 1.7M/100", jnp.float32, got)
 
 
+def rules(repeats: int) -> Iterator[Row]:
+    """An AdamW step with each rule with memory, against one with a constant limit."""
+    shapes = trees.dense()
+    leaf, rules = gn.per_leaf(), gn.thresholds
+    cases = {
+        "percentile 1000": (rules.percentile(10.0), {}),
+        "percentile, rearm": (rules.percentile(10.0, rearm_after=50), {}),
+        "z_score": (rules.z_score(2.5), {"shrink": gn.shrink.reciprocal}),
+        "ema_relative": (
+            rules.ema_relative(1.05, warmup_steps=100, warmup_limit=1.0),
+            {},
+        ),
+        "ema_band": (rules.ema_band(0.5, 2.0), {"shrink": gn.shrink.band}),
+        "quantile": (rules.quantile(0.5), {}),
+        "rolling_sigma 128": (rules.rolling_sigma(3.0), {}),
+        "max_ema": (rules.max_ema(), {"norm": gn.norms.linf}),
+        "max_ema, spikes": (
+            rules.max_ema(),
+            {"norm": gn.norms.linf, "shrink": gn.shrink.spikes},
+        ),
+        "moment_ratio": (rules.moment_ratio(), {"shrink": gn.shrink.normalize}),
+        "second_moment": (rules.second_moment(5000.0), {}),
+    }
+    entries = {"granularity": gn.per_unit(axes=()), "norm": gn.norms.linf}
+    cases["second_moment, entry"] = (rules.second_moment(5000.0), entries)
+    for name, (rule, settings) in cases.items():
+        settings = {"granularity": leaf} | settings
+        fixed = {k: x for k, x in settings.items() if k != "shrink"}
+        run = [
+            _Step(optax.chain(clip, optax.adamw(1e-3)), shapes, jnp.float32)
+            for clip in (
+                gn.clip_by_norm(rule, **settings),
+                gn.clip_by_norm(1.0, **fixed),
+            )
+        ]
+        got = timing.compare(*run, 5 * repeats, inner=4)
+        limit = None if "entry" in name else 1.03
+        yield _row(name, "dense 1.7M/100", jnp.float32, got, limit)
+
+
+def skips(repeats: int) -> Iterator[Row]:
+    """An AdamW step that may be skipped, against one that may not."""
+    tx = optax.chain(gn.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    skipping = gn.skip_step(tx, gn.thresholds.rolling_sigma(6.0))
+    run = [_Step(each, trees.dense(), jnp.float32) for each in (skipping, tx)]
+    got = timing.compare(*run, repeats, inner=20)
+    yield _row("skip_step", "dense 1.7M/100", jnp.float32, got)
+
+
 def compiles(repeats: int) -> Iterator[Row]:
     """How long XLA compiles a clip of 400 leaves, against Optax's."""
     shapes = trees.abstract(trees.many_leaves(), jnp.float32)
@@ -130,11 +179,7 @@ class _Training:
     """A training step of a dense net: forward, backward, optimizer."""
 
     def __init__(self, tx: Any, layers: int = 50, width: int = 184) -> None:
-        shapes = {}
-        for layer in range(layers):
-            shapes[f"dense{layer:02}/kernel"] = (width, width)
-            shapes[f"dense{layer:02}/bias"] = (width,)
-        self.params = trees.fill(shapes, jnp.float32)
+        self.params = trees.fill(trees.dense(layers, width), jnp.float32)
         self.state = tx.init(self.params)
         self.batch = jax.random.normal(jax.random.key(2), (128, width))
 
@@ -183,7 +228,7 @@ def _print(row: Row) -> None:
     missed = row.limit is not None and row.ratio > row.limit
     share = "" if row.share_of_bandwidth is None else f"{row.share_of_bandwidth:.2f}"
     print(
-        f"| {row.what:17} | {row.tree:18} | {row.dtype:8} | {row.ours_ms:8.2f} "
+        f"| {row.what:20} | {row.tree:18} | {row.dtype:8} | {row.ours_ms:8.2f} "
         f"| {row.theirs_ms:9.2f} | {row.ratio:5.2f} | {row.low:.2f}-{row.high:.2f} "
         f"| {limit + (' missed' if missed else ''):14} | {share:5} |",
         flush=True,
@@ -204,9 +249,9 @@ def main() -> None:
     print(f"jax {jax.__version__}, optax {optax.__version__}, {machine}")
     print(f"reading memory in a stream: {bandwidth / 1e9:.1f} GB/s on all cores\n")
     print(
-        "| what              | tree               | dtype    |  ours ms | theirs ms "
+        "| what                 | tree               | dtype    |  ours ms | theirs ms "
         "| ratio | quartiles | limit          | of stream |\n"
-        "|-------------------|--------------------|----------|---------:|----------:"
+        "|----------------------|--------------------|----------|---------:|----------:"
         "|------:|-----------|----------------|-------|"
     )
     suites = {
@@ -214,6 +259,8 @@ def main() -> None:
         "clip": lambda: clips(repeats),
         "adamw": lambda: adamw_steps(repeats),
         "watch": lambda: watched_steps(repeats),
+        "rules": lambda: rules(repeats),
+        "skip": lambda: skips(repeats),
         "compile": lambda: compiles(3 if options.quick else 5),
     }
     rows = []

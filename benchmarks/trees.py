@@ -40,6 +40,15 @@ def many_leaves() -> Shapes:
     }
 
 
+def dense(layers: int = 50, width: int = 184) -> Shapes:
+    """A dense net: 1.7 M parameters in 100 leaves."""
+    shapes = {}
+    for layer in range(layers):
+        shapes[f"dense{layer:02}/kernel"] = (width, width)
+        shapes[f"dense{layer:02}/bias"] = (width,)
+    return shapes
+
+
 def fill(shapes: Shapes, dtype: Any, seed: int = 0) -> dict[str, jax.Array]:
     """Fills shapes with normal numbers of about the size of gradients."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))

@@ -151,8 +151,9 @@ def first_nonfinite_leaf(layout: Layout, sound: jax.Array) -> jax.Array:
     """Returns the position of the first leaf with a cell that is not sound, or -1."""
     if not sound.size:
         return jnp.full((), -1, jnp.int32)
-    owners = np.repeat(layout.members, np.diff(layout.offsets)).astype(np.int32)
-    return jnp.where(jnp.all(sound), -1, jnp.asarray(owners)[jnp.argmin(sound)])
+    ends = jnp.asarray(layout.offsets[1:])
+    member = jnp.searchsorted(ends, jnp.argmin(sound), side="right")
+    return jnp.where(jnp.all(sound), -1, jnp.asarray(layout.members)[member])
 
 
 def _evaluate(
