@@ -259,7 +259,9 @@ def quantile(
         limit: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
     ) -> jax.Array:
         passed = (norms <= limit).astype(norms.dtype)
-        return limit * jnp.exp(-at(rate, context) * (passed - at(q, context)))
+        # The error of exp would be the same at every step, and add up.
+        growth = jnp.expm1(-at(rate, context) * (passed - at(q, context)))
+        return limit + limit * growth
 
     return remembering(
         start=lambda norms: jnp.full_like(norms, start),

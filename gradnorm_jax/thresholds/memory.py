@@ -134,12 +134,16 @@ def toward(old: jax.Array, new: jax.Array, rate: Scalar) -> jax.Array:
 
 
 def square_toward(old: jax.Array, new: jax.Array, rate: Scalar, gain: Scalar):
-    r"""Returns :math:`\sqrt{(1-r) a^2 + g b^2}`, at any magnitude."""
+    r"""Returns :math:`\sqrt{(1-r) a^2 + g b^2}`, at any magnitude.
+
+    As a difference to :math:`a`, so that errors of the root do not add up over steps.
+    """
     largest = jnp.maximum(old, new)
     unit = jnp.where(largest > 0, largest, 1)
-    old, new = old / unit, new / unit
-    squares = old**2 + gain * new**2 - rate * old**2
-    return largest * jnp.sqrt(squares)
+    a, b = old / unit, new / unit
+    gained = gain * b**2 - rate * a**2
+    both = a + jnp.sqrt(jnp.maximum(a**2 + gained, 0))
+    return old + unit * (gained / jnp.where(both > 0, both, 1))
 
 
 def debiased(decay: Scalar, seen: jax.Array, dtype: jnp.dtype) -> jax.Array:
