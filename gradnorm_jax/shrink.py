@@ -78,14 +78,14 @@ def _smooth(norms: jax.Array, bound: Bound) -> jax.Array:
     return less / (1 + less / jnp.where(more > 0, more, 1))
 
 
-#: A larger norm becomes the limit: the direction stays, the length is bounded.
+#: A larger norm becomes the limit. The direction stays, the length is bounded.
 rescale = Shrink("rescale", lambda norms, bound: jnp.minimum(norms, bound.limit))
-#: Every norm becomes the limit, smaller ones too: normalized gradient descent.
+#: Every norm becomes the limit, smaller ones too, as in normalized gradient descent.
 normalize = Shrink(
     "normalize", lambda norms, bound: jnp.broadcast_to(bound.limit, norms.shape)
 )
-#: The further a norm is above the limit, the nearer to the center it comes down, as in
-#: ZClip: center + (limit - center)^2 / (norm - center).
+#: A larger norm becomes center + (limit - center)^2 / (norm - center), as in ZClip.
+#: The further it is above the limit, the nearer to the center it comes down.
 reciprocal = Shrink("reciprocal", _reciprocal)
 #: A larger norm becomes the center, the mean of a rule that has one, else 0.
 center = Shrink(
@@ -94,8 +94,8 @@ center = Shrink(
 )
 #: A larger norm becomes 0.
 zero = Shrink("zero", lambda norms, bound: jnp.where(norms > bound.limit, 0, norms))
-#: Every norm becomes norm limit / (norm + limit), which is below both: the smooth clip
-#: of (L0, L1)-smooth descent.
+#: Every norm becomes norm limit / (norm + limit), which is below both, as in the smooth
+#: clip of (L0, L1)-smooth descent.
 smooth = Shrink("smooth", _smooth)
 #: A larger norm becomes the limit, a smaller one the floor of a rule that has one.
 band = Shrink(
