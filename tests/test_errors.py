@@ -267,3 +267,83 @@ def test_parts_of_one_name_are_not_recorded():
     tree = {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}
     with pytest.raises(ValueError, match=r"two parts of the tree have the name 'a/b'"):
         telemetry.columns(tree)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda r: r.percentile(101.0),
+            r"percentile\(q=...\)` must be between 0 and 100",
+        ),
+        (
+            lambda r: r.percentile(10.0, window=0),
+            r"window=...\)` must be at least 1, got",
+        ),
+        (
+            lambda r: r.quantile(50.0),
+            r"quantile\(q=.* between 0 and 1, got 50.* percent",
+        ),
+        (
+            lambda r: r.quantile(0.5, start=0.0),
+            r"quantile\(start=...\)` must be above 0",
+        ),
+        (
+            lambda r: r.z_score(-1.0),
+            r"z_score\(z=...\)` must be between 0 and inf, got -1",
+        ),
+        (lambda r: r.z_score(2.0, decay=1.0), r"z_score\(decay=.* below 1, got 1.0"),
+        (
+            lambda r: r.z_score(2.0, warmup_steps=1),
+            r"warmup_steps=...\)` must be at least 2",
+        ),
+        (
+            lambda r: r.ema_relative(1.0, warmup_steps=0),
+            r"ema_relative\(warmup_steps=.* 1",
+        ),
+        (
+            lambda r: r.ema_band(2.0, 1.0),
+            r"must be a band: low <= high, got 2.0 and 1.0",
+        ),
+        (
+            lambda r: r.ema_band(0.5, 2.0, feed="both"),
+            r"`feed` must be one of .* 'both'",
+        ),
+        (lambda r: r.max_ema(-1.0), r"max_ema\(factor=...\)` must be between"),
+        (
+            lambda r: r.moment_ratio(decay_square=-0.1),
+            r"decay_square=...\)` must be at l",
+        ),
+        (
+            lambda r: r.second_moment(math.nan),
+            r"second_moment\(factor=...\)` must be betw",
+        ),
+        (
+            lambda r: r.rolling_sigma(3.0, window=1),
+            r"rolling_sigma\(window=.* at least 2",
+        ),
+        (
+            lambda r: r.percentile(1.0, warmup_limit=-1.0),
+            r"warmup_limit` must not be nega",
+        ),
+        (
+            lambda r: r.percentile(1.0, rearm_after=0),
+            r"rearm_after` must be at least 1",
+        ),
+        (
+            lambda r: gn.zclip(mode="zscore"),
+            r"zclip\(mode=...\)` must be one of .*'zscore'",
+        ),
+    ],
+)
+def test_a_number_outside_of_its_range_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(gn.thresholds)
+
+
+@pytest.mark.parametrize("steps", [2.5, True, "3", np.ones(2, int)])
+def test_what_is_no_number_of_steps_is_refused(steps):
+    with pytest.raises(
+        TypeError, match=r"rearm_after` must be a whole number of steps"
+    ):
+        gn.thresholds.percentile(10.0, rearm_after=steps)

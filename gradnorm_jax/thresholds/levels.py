@@ -254,6 +254,11 @@ def quantile(
     check_between(q, 0, 1, "quantile(q=...)", "For percents use `percentile`.")
     check_between(rate, 0, math.inf, "quantile(rate=...)", "0.2 in the paper.")
     check_limit(start, "quantile(start=...)")
+    if isinstance(start, int | float) and start == 0:
+        raise ValueError(
+            "`quantile(start=...)` must be above 0, got 0: a limit that moves by a"
+            " factor would stay there. 0.1 is that of the paper."
+        )
 
     def learn(
         limit: jax.Array, seen: jax.Array, norms: jax.Array, context: Context

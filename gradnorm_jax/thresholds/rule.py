@@ -147,8 +147,8 @@ def check_steps(value: Any, least: int, caller: str, why: str) -> None:
     """Refuses what is not a whole number of steps, or too few of them."""
     if isinstance(value, Tracer):
         return
-    whole = np.issubdtype(np.asarray(value).dtype, np.integer)
-    if not whole or np.ndim(value):
+    dtype = np.asarray(value).dtype
+    if not np.issubdtype(dtype, np.integer) or np.ndim(value):
         raise TypeError(f"`{caller}` must be a whole number of steps, got {value!r}.")
     if value < least:
         raise ValueError(f"`{caller}` must be at least {least}, got {value}. {why}")

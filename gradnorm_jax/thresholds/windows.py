@@ -47,8 +47,8 @@ def percentile(
 
     .. math:: c_t = \mathrm{percentile}_q(n_{t-w+1}, \ldots, n_t)
 
-    interpolated linearly, as `numpy.percentile` does. Remembers `2 * window` numbers of
-    each part; no step sorts them anew.
+    interpolated linearly, as `numpy.percentile` does. Remembers `2 * (window + 1)`
+    numbers of each part; no step sorts them anew.
 
     Args:
       q: Which percentile, 0 to 100 (:math:`q`).
@@ -83,8 +83,8 @@ def percentile(
     ) -> Ordered:
         ring, ordered = own
         # To take out and to put in infinity changes nothing.
-        oldest = jnp.where(context.taken_in, _oldest(ring, seen), jnp.inf)
-        newest = jnp.where(context.taken_in, norms, jnp.inf)
+        oldest = jnp.where(context.taken_in, _oldest(ring, seen), jnp.inf)[None]
+        newest = jnp.where(context.taken_in, norms, jnp.inf)[None]
         inner = _exchange(ordered[:-2], ordered[1:-1], ordered[2:], oldest, newest)
         return Ordered(
             _put(ring, seen, norms, context),
@@ -182,9 +182,9 @@ def rolling_sigma(
         present = ring < jnp.inf
         sizes = jnp.max(jnp.where(present, jnp.abs(ring), 0), axis=0)
         unit = jnp.where(sizes > 0, sizes, 1)
-        ratios = jnp.where(present, ring / unit, 0)
+        ratios = jnp.where(present, ring / unit[None], 0)
         mean = jnp.sum(ratios, axis=0) / full
-        distances = jnp.where(present, ratios - mean, 0)
+        distances = jnp.where(present, ratios - mean[None], 0)
         squares = jnp.sum(distances**2, axis=0)
         return unit * mean, unit * jnp.sqrt(squares / jnp.maximum(full - 1, 1))
 
