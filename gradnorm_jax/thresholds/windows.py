@@ -58,7 +58,8 @@ def percentile(
       warmup_limit: The largest global norm of all parts during the warm-up.
       rearm_after: After how many clipped steps in a row the window is scaled so that
         its median is the norm of these steps; `None` is the rule as published, which
-        needs a window full of larger norms to follow them.
+        needs a window full of larger norms to follow them. At a low percentile many
+        steps are clipped in a row by chance: the window is then scaled by about 1.
 
     Raises:
       ValueError: If a number is outside of its range.
