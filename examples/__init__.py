@@ -1,0 +1,1 @@
+"""Experiments that show what clipping does; see README.md in this folder."""
