@@ -24,26 +24,40 @@ class Timing(NamedTuple):
 def compare(
     ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, inner: int = 1
 ) -> Timing:
-    """Times two functions in turn and returns medians in seconds.
+    """Times two functions in turn and returns medians in seconds."""
+    arms = {"theirs": theirs, "ours": ours}
+    return against_the_first(arms, repeats, inner)["ours"]
 
-    The order alternates, so that what runs second has no advantage. The spread is the
+
+def against_the_first(
+    arms: dict[str, Callable[[], Any]], repeats: int, inner: int = 1
+) -> dict[str, Timing]:
+    """Times functions round by round, and returns medians in seconds.
+
+    What counts is the ratio to the first in the same round, as the machine drifts; the
+    order within a round is random, so that no place has an advantage. The spread is the
     first and third quartile of the ratios.
     """
-    for run in (ours, theirs):
+    for run in arms.values():
         jax.block_until_ready(run())
-    pairs = []
-    for repeat in range(repeats):
-        arms = (ours, theirs) if repeat % 2 else (theirs, ours)
-        seconds = [_seconds(arm, inner) for arm in arms]
-        pairs.append(seconds if repeat % 2 else seconds[::-1])
-    ratios = [a / b for a, b in pairs]
-    quartiles = statistics.quantiles(ratios, n=4)
-    return Timing(
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(ratios),
-        (quartiles[0], quartiles[2]),
-    )
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name in rng.permutation(list(arms)):
+            seconds[name].append(_seconds(arms[name], inner))
+    first, *others = seconds
+    found = {}
+    for name in others:
+        pairs = zip(seconds[name], seconds[first], strict=True)
+        ratios = [a / b for a, b in pairs]
+        quartiles = statistics.quantiles(ratios, n=4)
+        found[name] = Timing(
+            statistics.median(seconds[name]),
+            statistics.median(seconds[first]),
+            statistics.median(ratios),
+            (quartiles[0], quartiles[2]),
+        )
+    return found
 
 
 def compile_seconds(fun: Callable, *args: Any) -> float:
