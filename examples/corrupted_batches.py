@@ -32,7 +32,9 @@ def adaptive_methods() -> dict[str, Wrap]:
         "ZClip": gn.zclip(),
         "AdaGC": gn.adagc(),
         "EMA ratio 1.5 (OLMo)": gn.clip_by_ema_norm(1.5),
-        "AGGC 0.5 to 1.5": gn.aggc({"hidden.*": "hidden", "head.*": "head"}, 0.5, 1.5),
+        "AGGC 0.5 to 1.5": gn.aggc(
+            {"hidden.*": "hidden", "head.*": "head"}, low=0.5, high=1.5
+        ),
         "AdaGN": gn.adagn(),
         "AdaClip": gn.adaclip(),
         "quantile": gn.clip_by_quantile(),

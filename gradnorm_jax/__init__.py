@@ -44,7 +44,7 @@ from gradnorm_jax.privacy import (
     per_example_layer_norm_clip,
 )
 from gradnorm_jax.shrink import Shrink
-from gradnorm_jax.skipping import reset_state_every, skip_step, with_residual
+from gradnorm_jax.skipping import skip_step
 from gradnorm_jax.telemetry import (
     ClipMetrics,
     ClipState,
@@ -56,6 +56,12 @@ from gradnorm_jax.telemetry import (
 )
 from gradnorm_jax.thresholds import Threshold
 from gradnorm_jax.watching import watch
+from gradnorm_jax.wrapping import (
+    ResetState,
+    ResidualState,
+    reset_state_every,
+    with_residual,
+)
 
 if TYPE_CHECKING:
     from gradnorm_jax import monitoring
@@ -67,6 +73,8 @@ __all__ = [
     "ClipState",
     "Granularity",
     "Norm",
+    "ResetState",
+    "ResidualState",
     "Shrink",
     "SkipMetrics",
     "SkipState",

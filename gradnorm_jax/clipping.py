@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from gradnorm_jax import _trees, kernels
+from gradnorm_jax._checks import check_limit, check_state
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Bound, Scalar, Tree
 from gradnorm_jax.norms import granularity as norms_by
@@ -18,7 +19,7 @@ from gradnorm_jax.norms.granularity import Granularity, whole_tree
 from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
 from gradnorm_jax.telemetry import ClipMetrics, ClipState
 from gradnorm_jax.thresholds.memoryless import as_threshold
-from gradnorm_jax.thresholds.rule import Context, Threshold, check_limit, learn
+from gradnorm_jax.thresholds.rule import Context, Threshold, learn, param_norms
 
 POLICIES = ("propagate", "zero", "drop")
 
@@ -109,8 +110,7 @@ def clip_by_norm(
         state = ClipState(
             jnp.zeros((), jnp.int32), rule.init(zeros), ClipMetrics.zeros(zeros)
         )
-        # A buffer for each array: none can be donated twice.
-        return jax.tree.map(jnp.copy, state)
+        return _trees.unshared(state)
 
     def update(
         updates: Tree,
@@ -140,15 +140,14 @@ def clip_by_norm(
             first_bad = jnp.full((), -1, jnp.int32)
 
         # DECIDE
-        param_norms = None
-        if rule.needs_params:
-            param_norms = _param_norms(params, granularity, norm)
         finite = jnp.isfinite(measured)
-        taken_in = (
-            finite if nonfinite == "drop" else jnp.full_like(finite, jnp.all(finite))
-        )
-        context = Context(state.step, param_norms, taken_in)
-        bound = rule.decide(state.memory, measured, context)
+        taken_in = jnp.broadcast_to(jnp.all(finite), finite.shape)
+        if nonfinite == "drop":
+            taken_in = finite
+        measure = functools.partial(granularity.measure, norm=norm)
+        own = param_norms(rule, params, measure, "clip_by_norm(...)")
+        context = Context(state.step, own, taken_in)
+        bound = rule.decide(state.memory, jnp.where(finite, measured, 0), context)
 
         # APPLY
         factors, zero = kernels.apart(
@@ -238,29 +237,13 @@ def _given(norms: Any, layout: Layout) -> jax.Array:
 
 
 def _check_state(state: Any, layout: Layout) -> None:
-    if not isinstance(state, ClipState):
-        raise TypeError(
-            "`clip_by_norm(...).update(state=...)` must be the `ClipState` that `init`"
-            f" or the last `update` returned, got a {type(state).__name__}."
-        )
+    check_state(state, ClipState, "clip_by_norm")
     if state.metrics.norms.shape != layout.part_shape:
         raise ValueError(
             "`clip_by_norm(...).update(updates)`: the updates have norms of shape"
             f" {layout.part_shape}, but `init` was given a tree with norms of shape"
             f" {state.metrics.norms.shape}. Both must have the same leaves."
         )
-
-
-def _param_norms(
-    params: Tree | None, granularity: Granularity, norm: Norm
-) -> jax.Array:
-    if params is None:
-        raise ValueError(
-            "`clip_by_norm(...).update(params=...)` must be given: the threshold is"
-            " relative to the norms of the parameters. Call"
-            " `tx.update(grads, state, params)`."
-        )
-    return granularity.measure(params, norm)
 
 
 def _check(granularity: Any, norm: Any, shrink: Any, nonfinite: Any, eps: Any) -> None:

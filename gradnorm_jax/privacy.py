@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradnorm_jax import _layout, _trees, kernels
+from gradnorm_jax._checks import check_limit
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Bound, Scalar, Tree
 from gradnorm_jax.norms.fold import l2
 from gradnorm_jax.norms.granularity import measure
 from gradnorm_jax.shrink import rescale, scaling
-from gradnorm_jax.thresholds.rule import check_limit
 
 
 def per_example_global_norm_clip(

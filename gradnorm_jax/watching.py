@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gradnorm_jax import kernels
+from gradnorm_jax._checks import check_transformation
 from gradnorm_jax._typing import Groups, PerLeaf, Tree
 from gradnorm_jax.norms.fold import l2
 from gradnorm_jax.norms.granularity import measure
@@ -14,6 +15,7 @@ from gradnorm_jax.telemetry import (
     KINDS,
     SCALARS,
     ClipMetrics,
+    SkipMetrics,
     WatchState,
     find,
     layout,
@@ -119,7 +121,11 @@ def _scalars(inner_state: Any, value: jax.Array | float | None) -> jax.Array:
         return jnp.stack([loss, absent, absent, absent])
     limit = jnp.min(clips[0].limits, initial=jnp.inf).astype(jnp.float32)
     scale = jnp.min(clips[0].scales, initial=jnp.inf).astype(jnp.float32)
-    return jnp.stack([loss, limit, scale, clips[0].clipped_fraction])
+    clipped = jnp.stack([limit, scale, clips[0].clipped_fraction])
+    skips = find(inner_state, SkipMetrics)
+    if skips:  # what a clip inside says is then of the last step that counted
+        clipped = jnp.where(skips[0].skipped, absent, clipped)
+    return jnp.concatenate([loss[None], clipped])
 
 
 def _write(ring: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
@@ -133,11 +139,7 @@ def _write(ring: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _check(tx: Any, window: int, record: tuple[str, ...]) -> None:
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            "`watch(tx=...)` must be an Optax transformation such as"
-            f" `optax.adamw(1e-3)`, got {tx!r}."
-        )
+    check_transformation(tx, "watch(tx=...)")
     if not window >= 1:
         raise ValueError(f"`watch(window=...)` must be at least 1 row, got {window!r}.")
     if isinstance(record, str) or not record or not set(record) <= set(KINDS):

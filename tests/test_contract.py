@@ -41,7 +41,7 @@ TRANSFORMATIONS = {
     "zclip": lambda: gn.zclip(granularity=gn.per_unit(), rearm_after=3),
     "adagc": lambda: gn.adagc(stacked_axes={"layers": 0}, rearm_after=3),
     "clip_by_ema_norm": lambda: gn.clip_by_ema_norm(1.5),
-    "aggc": lambda: gn.aggc({"layers": "x", ".*": "y"}, 0.5, 2.0),
+    "aggc": lambda: gn.aggc({"layers": "x", ".*": "y"}, low=0.5, high=2.0),
     "adagn": gn.adagn,
     "adaclip": lambda: gn.adaclip(nonfinite="drop"),
     "clip_by_quantile": lambda: gn.clip_by_quantile(rearm_after=3),

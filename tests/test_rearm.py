@@ -127,7 +127,7 @@ def test_spikes_and_bursts_are_clipped_as_without_it(case, seed, event):
         gn.zclip,
         gn.adagc,
         functools.partial(gn.clip_by_ema_norm, 1.5),
-        functools.partial(gn.aggc, {"a": "x"}, 0.5, 2.0),
+        functools.partial(gn.aggc, {"a": "x"}, low=0.5, high=2.0),
         gn.adaclip,
         gn.clip_by_quantile,
         gn.clip_by_rolling_sigma,

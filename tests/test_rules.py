@@ -288,7 +288,7 @@ METHODS = {
         rules.ema_relative(1.2, decay=0.95),
     ),
     "aggc": (
-        gn.aggc({"a|s": "x", "b": "y"}, 0.9, 1.1),
+        gn.aggc({"a|s": "x", "b": "y"}, low=0.9, high=1.1),
         parts.per_group(SHAPES, {"a": "x", "s": "x", "b": "y"}),
         rules.ema_band(0.9, 1.1),
         "band",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 import optax
 
+from gradnorm_jax._checks import check_limit
 from gradnorm_jax._typing import Axis, Groups, PerLeaf, Scalar
 from gradnorm_jax.clipping import clip_by_norm
 from gradnorm_jax.norms import (
@@ -17,7 +18,7 @@ from gradnorm_jax.norms import (
 )
 from gradnorm_jax.shrink import normalize, smooth
 from gradnorm_jax.thresholds.memoryless import as_threshold, each, relative_to_params
-from gradnorm_jax.thresholds.rule import Threshold, check_limit
+from gradnorm_jax.thresholds.rule import Threshold
 
 Limit = Scalar | Callable[[jax.Array], Scalar] | Threshold
 

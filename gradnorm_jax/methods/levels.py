@@ -132,8 +132,7 @@ def clip_by_ema_norm(
       [1.]
 
     References:
-      Groeneveld et al., `OLMo: Accelerating the Science of Language Models
-      <https://arxiv.org/abs/2402.00838>`_, 2024
+      The optimizer of `OLMo <https://github.com/allenai/OLMo>`_
     """
     return clip_by_norm(
         ema_relative(ratio, decay=decay, rearm_after=rearm_after),
@@ -144,9 +143,9 @@ def clip_by_ema_norm(
 
 def aggc(
     groups: Groups,
+    *,
     low: Value,
     high: Value,
-    *,
     decay: Scalar = 0.98,
     feed: str = "raw",
     nonfinite: str = "propagate",
@@ -162,8 +161,8 @@ def aggc(
 
     The mean starts as the first norm; the reference code starts it at 0 and feeds it
     the clipped norms (`feed="clipped"`). Its scripts give a band whose lower edge is
-    above the upper one, by which every step is scaled by the same factor: there is no
-    default to take over.
+    above the upper one, and never scale by less than 0.9: every step is scaled by 0.9.
+    There is no default to take over.
 
     Args:
       groups: The label of each leaf, as in `per_group`: `{".*q_proj.*": "q", ...}`.
@@ -183,7 +182,7 @@ def aggc(
       ValueError: If a number is outside of its range, or a pattern matches no leaf.
 
     Example:
-      >>> clip = aggc({".*": "all"}, 0.5, 2.0)
+      >>> clip = aggc({".*": "all"}, low=0.5, high=2.0)
       >>> state = clip.init(jnp.zeros(1))
       >>> for norm in (1.0, 0.1):
       ...     clipped, state = clip.update(jnp.array([norm]), state)

@@ -157,8 +157,9 @@ def clip_by_rolling_sigma(
     .. math:: g \leftarrow g \min\!\Big(1, \frac{\bar n + k s}{\lVert g \rVert}\Big)
 
     with mean and deviation of the last norms before the clip, the present one not
-    included, from half a window on. The rule of Levanter; with 6 deviations it is that
-    by which OLMo-core and MaxText skip a step: `skip_step(inner, rolling_sigma(6.0))`.
+    included, from half a window on. Levanter clips so, with the deviation of a
+    population; with 6 deviations OLMo-core and MaxText skip a step instead:
+    `skip_step(inner, rolling_sigma(6.0))`.
 
     Args:
       k: How many deviations above the mean are too large (:math:`k`).
@@ -183,8 +184,8 @@ def clip_by_rolling_sigma(
       [1.]
 
     References:
-      Groeneveld et al., `OLMo: Accelerating the Science of Language Models
-      <https://arxiv.org/abs/2402.00838>`_, 2024
+      The clip of `Levanter <https://github.com/stanford-crfm/levanter>`_, the skip-step
+      optimizer of `OLMo-core <https://github.com/allenai/OLMo-core>`_
     """
     return clip_by_norm(
         rolling_sigma(k, window=window, feed=feed, rearm_after=rearm_after),
@@ -209,7 +210,8 @@ def clip_by_second_moment(
     SPAM reads :math:`v` from Adam; here the clip has its own, so that it goes before
     any optimizer. Entries that are 0 do not count, while Adam's :math:`v` would decay.
     SPAM resets the optimizer too: see :func:`reset_state_every`. Every entry has a
-    record: the state holds six arrays as large as the parameters.
+    record: the state holds six arrays as large as the parameters (nine with
+    `rearm_after`), and on a mesh every device holds all of them.
 
     Args:
       factor: The largest ratio of a square to its running mean (:math:`\tau`).

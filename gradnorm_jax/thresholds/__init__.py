@@ -13,12 +13,7 @@ from gradnorm_jax.thresholds.memoryless import (
     schedule,
 )
 from gradnorm_jax.thresholds.moments import moment_ratio, second_moment, z_score
-from gradnorm_jax.thresholds.rule import (
-    Bound,
-    Context,
-    Memory,
-    Threshold,
-)
+from gradnorm_jax.thresholds.rule import Bound, Context, Memory, Threshold
 from gradnorm_jax.thresholds.windows import percentile, rolling_sigma
 
 __all__ = [

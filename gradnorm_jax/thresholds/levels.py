@@ -4,23 +4,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gradnorm_jax._checks import check_between, check_decay, check_steps
 from gradnorm_jax._typing import Bound, Scalar
 from gradnorm_jax.thresholds.memory import (
     debiased,
     remembering,
     toward,
 )
-from gradnorm_jax.thresholds.rule import (
-    Context,
-    Threshold,
-    Value,
-    at,
-    check_between,
-    check_decay,
-    check_limit,
-    check_steps,
-)
+from gradnorm_jax.thresholds.rule import Context, Threshold, Value, at
 
 _FIRST = "The first norm has nothing to be compared with."
 
@@ -53,7 +46,8 @@ def ema_band(
       feed: Which norms it learns from (:math:`x`): "raw" or "clipped".
       warmup_steps: Over how many norms the least is taken first; with 1 the mean starts
         as the first norm.
-      warmup_limit: The largest global norm of all parts during the warm-up.
+      warmup_limit: The largest norm of all parts together during the warm-up, as in
+        :func:`remembering`.
       rearm_after: After how many clipped steps in a row the mean is set to the norms of
         these steps; `None` is the rule as published.
 
@@ -88,6 +82,7 @@ def ema_band(
         return jnp.where(seen < warmup_steps, first, later)
 
     return remembering(
+        caller="ema_band",
         start=lambda norms: norms,
         bound=bound,
         learn=learn,
@@ -123,7 +118,8 @@ def ema_relative(
       feed: Which norms it learns from (:math:`x`): "raw", or "clipped" as in the paper,
         with which it grows by at most :math:`\beta + (1 - \beta) \lambda` a step.
       warmup_steps: Over how many norms the least is taken first; 100 in AdaGC.
-      warmup_limit: The largest global norm of all parts during the warm-up; 1 in AdaGC.
+      warmup_limit: The largest norm of all parts together during the warm-up, as in
+        :func:`remembering`; 1 in AdaGC.
       rearm_after: After how many clipped steps in a row the mean is set to the norms of
         these steps; `None` is the rule as published.
 
@@ -180,7 +176,8 @@ def max_ema(
       decay: What the mean keeps at each step (:math:`\theta`).
       feed: Which norms it learns from: "raw" as in the paper, or "clipped".
       warmup_steps: How many norms are taken in before it decides.
-      warmup_limit: The largest global norm of all parts during the warm-up.
+      warmup_limit: The largest norm of all parts together during the warm-up, as in
+        :func:`remembering`.
       rearm_after: After how many clipped steps in a row the mean is set to the norms of
         these steps; `None` is the rule as published.
 
@@ -205,6 +202,7 @@ def max_ema(
         return Bound(at(factor, context) * learn(mean, seen, norms, context))
 
     return remembering(
+        caller="max_ema",
         start=lambda norms: norms,
         bound=bound,
         learn=learn,
@@ -227,8 +225,9 @@ def quantile(
 
     .. math:: C \leftarrow C \exp\big(-\eta \, (\mathbf{1}[n \le C] - q)\big)
 
-    It remembers raw norms in one number of each part, follows any shift within
-    :math:`\log(\text{shift}) / (\eta q)` steps, and cannot lock in.
+    It remembers raw norms in one number of each part, and cannot lock in. It follows a
+    rise by a factor :math:`s` within :math:`\log(s) / (\eta q)` steps, a fall within
+    :math:`\log(s) / (\eta (1 - q))`.
 
     Args:
       q: The share of norms that pass, in [0, 1] (:math:`q`).
@@ -253,12 +252,13 @@ def quantile(
     """
     check_between(q, 0, 1, "quantile(q=...)", "For percents use `percentile`.")
     check_between(rate, 0, math.inf, "quantile(rate=...)", "0.2 in the paper.")
-    check_limit(start, "quantile(start=...)")
-    if isinstance(start, int | float) and start == 0:
-        raise ValueError(
-            "`quantile(start=...)` must be above 0, got 0: a limit that moves by a"
-            " factor would stay there. 0.1 is that of the paper."
-        )
+    check_between(
+        start,
+        float(np.finfo(np.float32).tiny),
+        float(np.finfo(np.float32).max),
+        "quantile(start=...)",
+        "By factors it leaves neither 0 nor infinity. 0.1 is that of the paper.",
+    )
 
     def learn(
         limit: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
@@ -269,6 +269,7 @@ def quantile(
         return limit + limit * growth
 
     return remembering(
+        caller="quantile",
         start=lambda norms: jnp.full_like(norms, start),
         bound=lambda limit, seen, norms, context: Bound(limit),
         learn=learn,

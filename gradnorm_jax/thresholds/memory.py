@@ -8,14 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gradnorm_jax._checks import check_limit, check_steps
 from gradnorm_jax._typing import Bound, Scalar
-from gradnorm_jax.thresholds.rule import (
-    Context,
-    Memory,
-    Threshold,
-    check_limit,
-    check_steps,
-)
+from gradnorm_jax.thresholds.rule import Context, Memory, Threshold
 
 FEEDS = ("raw", "clipped")
 
@@ -30,6 +25,7 @@ def remembering(
     warmup_steps: int = 0,
     warmup_limit: Scalar = math.inf,
     rearm_after: int | None = None,
+    caller: str = "remembering",
 ) -> Threshold:
     r"""A rule with memory, from what is particular to it.
 
@@ -43,16 +39,19 @@ def remembering(
     Args:
       start: `norms -> own`: what is remembered before the first norm; the norms are
         zeros of the shape and dtype to come.
-      bound: `(own, seen, norms, context) -> Bound`, once the rule has warmed up. Norms
-        and memory scaled by a factor must have a bound scaled by it.
+      bound: `(own, seen, norms, context) -> Bound`, once the rule has warmed up.
       learn: `(own, seen, fed norms, context) -> own`. What it makes of parts that
         `context.taken_in` leaves out is discarded in arrays of the shape of the norms;
         larger ones it must leave as they are itself.
       level: `(own, seen) -> norms`: about how large the norms are that it remembers.
+        With `rearm_after`, `bound`, `learn` and `level` must not mind the unit in which
+        norms are measured.
       feed: What the rule learns from: "raw" norms, or "clipped" ones.
       warmup_steps: How many norms are taken in before the rule decides.
-      warmup_limit: The largest global norm of all parts during the warm-up.
+      warmup_limit: The largest root of the sum of the squares of all norms during the
+        warm-up: the global norm, where they are L2 norms of the parts of a tree.
       rearm_after: After how many clipped steps in a row the memory is scaled.
+      caller: What errors call the rule.
 
     Raises:
       ValueError: If `feed` is no feed, `warmup_limit` negative, or a number of steps
@@ -74,7 +73,7 @@ def remembering(
       >>> print(grads)
       [3. 0.]
     """
-    _check(feed, warmup_steps, warmup_limit, rearm_after)
+    _check(feed, warmup_steps, warmup_limit, rearm_after, caller)
 
     def init(norms: jax.Array) -> Memory:
         none = jnp.zeros(norms.shape, jnp.int32)
@@ -105,8 +104,10 @@ def remembering(
         )
 
         def gated(old: jax.Array, new: jax.Array) -> jax.Array:
-            is_larger = old.ndim > norms.ndim
-            return new if is_larger else jnp.where(teaches, new, old)
+            if old.ndim > norms.ndim:
+                return new
+            by_part = old.shape == norms.shape
+            return jnp.where(teaches if by_part else jnp.any(teaches), new, old)
 
         own = jax.tree.map(gated, own, learned)
         now_seen = seen + teaches.astype(jnp.int32)
@@ -118,11 +119,11 @@ def remembering(
         in_a_row = (clipped < norms) & (seen >= warmup_steps)
         steps = jnp.where(counts, jnp.where(in_a_row, steps + 1, 0), steps)
         share = 1 / jnp.maximum(steps, 1).astype(norms.dtype)
-        mean_log = jnp.where(
-            counts & in_a_row, toward(mean_log, jnp.log(norms), share), mean_log
-        )
-        due = steps >= rearm_after
-        unit = jnp.where(due, jnp.exp(mean_log) / level(own, now_seen), unit)
+        logs = jnp.log(jnp.where(norms > 0, norms, 1))
+        mean_log = jnp.where(counts & in_a_row, toward(mean_log, logs, share), mean_log)
+        own_level = level(own, now_seen)
+        due = (steps >= rearm_after) & (own_level > 0)
+        unit = jnp.where(due, jnp.exp(mean_log) / own_level, unit)
         return Memory(now_seen, own, (jnp.where(due, 0, steps), mean_log, unit))
 
     return Threshold(init, decide, observe)
@@ -142,8 +143,13 @@ def square_toward(old: jax.Array, new: jax.Array, rate: Scalar, gain: Scalar):
     unit = jnp.where(largest > 0, largest, 1)
     a, b = old / unit, new / unit
     gained = gain * b**2 - rate * a**2
-    both = a + jnp.sqrt(jnp.maximum(a**2 + gained, 0))
+    both = a + root(a**2 + gained)
     return old + unit * (gained / jnp.where(both > 0, both, 1))
+
+
+def root(x: jax.Array) -> jax.Array:
+    """The square root, of which the derivative at 0 is 0; 0 for what is below."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def debiased(decay: Scalar, seen: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -156,29 +162,39 @@ def debiased(decay: Scalar, seen: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _together(norms: jax.Array, limit: Scalar) -> Bound:
-    """Clips all parts by their global norm, whatever the shrink."""
+    """Clips all parts by the root of the sum of their squared norms."""
     if isinstance(limit, int | float) and limit == math.inf:
         return Bound(jnp.full_like(norms, jnp.inf))
+    if norms.ndim == 0:
+        limits = jnp.asarray(limit, norms.dtype)
+        return Bound(limits, center=jnp.where(limits == jnp.inf, 0, limits))
     finite = jnp.where(jnp.isfinite(norms), norms, 0)
     largest = jnp.max(finite, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
-    total = unit * jnp.sqrt(jnp.sum((finite / unit) ** 2))
+    total = unit * root(jnp.sum((finite / unit) ** 2))
     clipped = norms * jnp.minimum(1, limit / jnp.where(total > 0, total, 1))
     limits = jnp.where(limit == jnp.inf, jnp.inf, clipped)
     return Bound(limits, center=clipped)
 
 
 def _check(
-    feed: Any, warmup_steps: Any, warmup_limit: Any, rearm_after: int | None
+    feed: Any,
+    warmup_steps: Any,
+    warmup_limit: Any,
+    rearm_after: int | None,
+    caller: str,
 ) -> None:
     if feed not in FEEDS:
         raise ValueError(
-            f"A rule's `feed` must be one of {FEEDS}, got {feed!r}: does it learn from"
-            " the norms before the clip, or after it?"
+            f"`{caller}(feed=...)` must be one of {FEEDS}, got {feed!r}: does the rule"
+            " learn from the norms before the clip, or after it?"
         )
-    check_steps(warmup_steps, 0, "warmup_steps", "0 is no warm-up.")
-    check_limit(warmup_limit, "warmup_limit")
+    check_steps(warmup_steps, 0, f"{caller}(warmup_steps=...)", "0 is no warm-up.")
+    check_limit(warmup_limit, f"{caller}(warmup_limit=...)")
     if rearm_after is not None:
         check_steps(
-            rearm_after, 1, "rearm_after", "`None` keeps the rule as it was published."
+            rearm_after,
+            1,
+            f"{caller}(rearm_after=...)",
+            "`None` keeps the rule as it was published.",
         )

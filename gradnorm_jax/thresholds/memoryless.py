@@ -5,13 +5,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from gradnorm_jax._checks import check_limit
 from gradnorm_jax._typing import Bound, Scalar
-from gradnorm_jax.thresholds.rule import (
-    Context,
-    MemoryOfEach,
-    Threshold,
-    check_limit,
-)
+from gradnorm_jax.thresholds.rule import Context, MemoryOfEach, Threshold
 
 
 def constant(limit: Scalar) -> Threshold:
@@ -79,12 +75,17 @@ def relative_to_params(factor: Scalar, *, floor: Scalar = 1e-3) -> Threshold:
     return _memoryless(limit)._replace(needs_params=True)
 
 
-def each(rules: Sequence[Threshold]) -> Threshold:
+def each(rules: Sequence[Scalar | Callable | Threshold]) -> Threshold:
     """A rule of its own for each part, in the order of the parts.
 
     Args:
-      rules: As many rules as there are parts.
+      rules: As many rules as there are parts; numbers and functions of the step too. A
+        `warmup_limit` is that of the part alone.
+
+    Raises:
+      TypeError: If one of them is no rule.
     """
+    rules = [as_threshold(rule, "each(rules=...)") for rule in rules]
 
     def init(norms: jax.Array) -> MemoryOfEach:
         if norms.shape != (len(rules),):
@@ -93,12 +94,12 @@ def each(rules: Sequence[Threshold]) -> Threshold:
                 f" rules for norms of shape {norms.shape}."
             )
         own = zip(rules, norms, strict=True)
-        return MemoryOfEach(rule.init(norm) for rule, norm in own)
+        return MemoryOfEach(tuple(rule.init(norm) for rule, norm in own))
 
     def decide(memory: MemoryOfEach, norms: jax.Array, context: Context) -> Bound:
         bounds = [
             rule.decide(own, norms[k], _own(context, k))
-            for k, (rule, own) in enumerate(zip(rules, memory, strict=True))
+            for k, (rule, own) in enumerate(zip(rules, memory.parts, strict=True))
         ]
         return Bound(
             *(
@@ -111,8 +112,10 @@ def each(rules: Sequence[Threshold]) -> Threshold:
         memory: MemoryOfEach, norms: jax.Array, clipped: jax.Array, context: Context
     ) -> MemoryOfEach:
         return MemoryOfEach(
-            rule.observe(own, norms[k], clipped[k], _own(context, k))
-            for k, (rule, own) in enumerate(zip(rules, memory, strict=True))
+            tuple(
+                rule.observe(own, norms[k], clipped[k], _own(context, k))
+                for k, (rule, own) in enumerate(zip(rules, memory.parts, strict=True))
+            )
         )
 
     return Threshold(init, decide, observe, any(rule.needs_params for rule in rules))

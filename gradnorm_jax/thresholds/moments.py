@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gradnorm_jax._checks import check_between, check_decay, check_steps
 from gradnorm_jax._typing import Bound, Scalar
 from gradnorm_jax.thresholds.memory import (
     debiased,
@@ -12,15 +13,7 @@ from gradnorm_jax.thresholds.memory import (
     square_toward,
     toward,
 )
-from gradnorm_jax.thresholds.rule import (
-    Context,
-    Threshold,
-    Value,
-    at,
-    check_between,
-    check_decay,
-    check_steps,
-)
+from gradnorm_jax.thresholds.rule import Context, Threshold, Value, at
 
 
 def z_score(
@@ -51,7 +44,8 @@ def z_score(
       decay: What the mean keeps at each step (:math:`\alpha`).
       feed: Which norms it learns from (:math:`x`): "raw", or "clipped" as in the paper.
       warmup_steps: From how many norms mean and variance are taken first.
-      warmup_limit: The largest global norm of all parts during the warm-up.
+      warmup_limit: The largest norm of all parts together during the warm-up, as in
+        :func:`remembering`.
       rearm_after: After how many clipped steps in a row mean and deviation are scaled
         to the norms of these steps; `None` is the paper's rule, which clips for good
         once the norms have risen for good.
@@ -91,6 +85,7 @@ def z_score(
         )
 
     return remembering(
+        caller="z_score",
         start=lambda norms: (norms, norms),
         bound=bound,
         learn=learn,
@@ -143,6 +138,7 @@ def moment_ratio(*, decay_mean: Scalar = 0.7, decay_square: Scalar = 0.9) -> Thr
         return Bound(mean / jnp.where(root > 0, root, 1))
 
     return remembering(
+        caller="moment_ratio",
         start=lambda norms: (norms, norms),
         bound=bound,
         learn=learn,
@@ -173,7 +169,8 @@ def second_moment(
       decay: What the mean keeps at each step (:math:`\beta`).
       feed: Which norms it learns from (:math:`x`): "raw", or "clipped" as in the paper.
       warmup_steps: How many norms are taken in before it decides.
-      warmup_limit: The largest global norm of all parts during the warm-up.
+      warmup_limit: The largest norm of all parts together during the warm-up, as in
+        :func:`remembering`.
       rearm_after: After how many clipped steps in a row the mean is set to the norms of
         these steps; `None` is the rule as published.
 
@@ -201,6 +198,7 @@ def second_moment(
         return square_toward(root, norms, 1 - decay, 1 - decay)
 
     return remembering(
+        caller="second_moment",
         start=lambda norms: norms,
         bound=bound,
         learn=learn,

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from gradnorm_jax._typing import Bound, Scalar
 
@@ -51,10 +49,10 @@ class Memory(NamedTuple):
 
     Attributes:
       seen: How many norms it has taken in, int32.
-      own: What is particular to the rule: arrays in the unit of a norm.
+      own: What is particular to the rule.
       run: With `rearm_after`: for how many of its norms in a row the part was clipped,
-        int32; the mean of the logarithms of these norms; and the unit in which `own` is
-        measured. Else `()`.
+        int32; the mean of the logarithms of these norms; and the unit of the norms in
+        `own`. Else `()`.
     """
 
     seen: jax.Array
@@ -62,15 +60,10 @@ class Memory(NamedTuple):
     run: Any
 
 
-class MemoryOfEach(tuple):
+class MemoryOfEach(NamedTuple):
     """The memories of `each`, one for each part."""
 
-    __slots__ = ()
-
-
-jax.tree_util.register_pytree_node(
-    MemoryOfEach, lambda memory: (tuple(memory), None), lambda _, own: MemoryOfEach(own)
-)
+    parts: tuple
 
 
 def learn(
@@ -96,8 +89,8 @@ def keep(old: Any, new: Any, parts: jax.Array) -> Any:
         if isinstance(old, Memory):  # has heeded `taken_in` itself
             return new
         if isinstance(old, MemoryOfEach):
-            own = zip(old, new, parts, strict=True)
-            return MemoryOfEach(keep(*memories) for memories in own)
+            own = zip(old.parts, new.parts, parts, strict=True)
+            return MemoryOfEach(tuple(keep(*memories) for memories in own))
         by_part = old.shape[old.ndim - parts.ndim :] == parts.shape
         where = parts if by_part else jnp.any(parts)
         return jnp.where(where, old, new.astype(old.dtype))
@@ -106,73 +99,23 @@ def keep(old: Any, new: Any, parts: jax.Array) -> Any:
     return jax.tree.map(kept, old, new, is_leaf=lambda x: isinstance(x, special))
 
 
+def param_norms(
+    rule: Threshold,
+    params: Any,
+    measure: Callable[[Any], jax.Array],
+    caller: str,
+) -> jax.Array | None:
+    """Returns the norms of the parameters, if a rule asks for them."""
+    if not rule.needs_params:
+        return None
+    if params is None:
+        raise ValueError(
+            f"`{caller}.update(params=...)` must be given: the rule is relative to the"
+            " norms of the parameters. Call `tx.update(grads, state, params)`."
+        )
+    return measure(params)
+
+
 def at(value: Value, context: Context) -> Scalar:
     """Returns a number that may be given as a function of the step."""
     return value(context.step) if callable(value) else value
-
-
-def check_limit(limit: Any, caller: str) -> None:
-    """Refuses a limit that is no number, or one that is known to be below 0 or NaN."""
-    known = _known(limit, caller)
-    if known is not None and (np.any(known < 0) or np.any(np.isnan(known))):
-        raise ValueError(
-            f"`{caller}` must not be negative or NaN, got {limit}. To stop the updates"
-            " of some parameters, use `optax.freeze`; to clip nothing and only measure,"
-            " use the limit `jnp.inf`."
-        )
-
-
-def check_between(value: Any, low: float, high: float, caller: str, why: str) -> None:
-    """Refuses a number outside of a closed range, unless it is traced or a schedule."""
-    if callable(value):
-        return
-    known = _known(value, caller)
-    if known is not None and not np.all((low <= known) & (known <= high)):
-        raise ValueError(
-            f"`{caller}` must be between {low:g} and {high:g}, got {value}. {why}"
-        )
-
-
-def check_decay(value: Any, caller: str) -> None:
-    """Refuses a decay outside of [0, 1)."""
-    known = _known(value, caller)
-    if known is not None and not np.all((known >= 0) & (known < 1)):
-        raise ValueError(
-            f"`{caller}` must be at least 0 and below 1, got {value}. It is the share"
-            " of a running mean that is kept at each step: 0.98 remembers 50 of them."
-        )
-
-
-def check_steps(value: Any, least: int, caller: str, why: str) -> None:
-    """Refuses what is not a whole number of steps, or too few of them."""
-    if isinstance(value, Tracer):
-        return
-    dtype = np.asarray(value).dtype
-    if not np.issubdtype(dtype, np.integer) or np.ndim(value):
-        raise TypeError(f"`{caller}` must be a whole number of steps, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{caller}` must be at least {least}, got {value}. {why}")
-
-
-def check_window(value: Any, least: int, caller: str, why: str) -> None:
-    """Refuses a number of norms to remember that is too small, or not known."""
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"`{caller}` must be a known number, as it is the size of an array, got"
-            f" {value!r}. `optax.inject_hyperparams` takes `static_args='window'`."
-        )
-    check_steps(value, least, caller, why)
-
-
-def _known(number: Any, caller: str) -> np.ndarray | None:
-    """Returns a number that is known, or `None` for one that is traced."""
-    if isinstance(number, Tracer):
-        return None
-    if not isinstance(number, bool | str):
-        known = np.asarray(number)
-        if np.issubdtype(known.dtype, np.number) or known.dtype == jnp.bfloat16:
-            return known.astype(np.float64)
-    raise TypeError(
-        f"`{caller}` must be a number, got {number!r}. Thresholds may also be a"
-        " function of the step, or a rule of `gradnorm_jax.thresholds`."
-    )

@@ -10,17 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gradnorm_jax._checks import check_between, check_steps, check_window
 from gradnorm_jax._typing import Bound, Scalar
-from gradnorm_jax.thresholds.memory import remembering
-from gradnorm_jax.thresholds.rule import (
-    Context,
-    Threshold,
-    Value,
-    at,
-    check_between,
-    check_steps,
-    check_window,
-)
+from gradnorm_jax.thresholds.memory import remembering, root
+from gradnorm_jax.thresholds.rule import Context, Threshold, Value, at
 
 
 class Ordered(NamedTuple):
@@ -55,7 +48,8 @@ def percentile(
       window: Of how many norms (:math:`w`).
       feed: Which norms it remembers: "raw" as in the paper, or "clipped".
       warmup_steps: How many norms are taken in before it decides.
-      warmup_limit: The largest global norm of all parts during the warm-up.
+      warmup_limit: The largest norm of all parts together during the warm-up, as in
+        :func:`remembering`.
       rearm_after: After how many clipped steps in a row the window is scaled so that
         its median is the norm of these steps; `None` is the rule as published, which
         needs a window full of larger norms to follow them. At a low percentile many
@@ -114,6 +108,7 @@ def percentile(
         return _row(own.ordered, (jnp.clip(seen, 1, window) + 1) // 2)
 
     return remembering(
+        caller="percentile",
         start=start,
         bound=bound,
         learn=learn,
@@ -139,9 +134,10 @@ def rolling_sigma(
     .. math:: c = \bar n + k s
 
     with the mean and the standard deviation (of a sample: over :math:`w - 1`) of the
-    last norms, this one not included. The rule by which OLMo-core and MaxText skip
-    steps, with 6 deviations, and Levanter clips, with 3. Remembers `window` numbers of
-    each part.
+    last norms, this one not included. OLMo-core and MaxText skip steps by such a rule,
+    with 6 deviations; Levanter clips, with 3, and the deviation of a population. Where
+    norms did not vary at all, any larger one is too large. Remembers `window` numbers
+    of each part.
 
     Args:
       k: How many standard deviations above the mean are too large (:math:`k`).
@@ -150,7 +146,8 @@ def rolling_sigma(
         or "clipped".
       warmup_steps: How many norms are taken in before it decides; half of the window,
         if not given.
-      warmup_limit: The largest global norm of all parts during the warm-up.
+      warmup_limit: The largest norm of all parts together during the warm-up, as in
+        :func:`remembering`.
       rearm_after: After how many clipped steps in a row the window is scaled so that
         its mean is the norm of these steps.
 
@@ -166,8 +163,7 @@ def rolling_sigma(
       2.207
 
     References:
-      Groeneveld et al., `OLMo: Accelerating the Science of Language Models
-      <https://arxiv.org/abs/2402.00838>`_, 2024
+      The skip-step optimizer of `OLMo-core <https://github.com/allenai/OLMo-core>`_
     """
     check_between(k, 0, math.inf, "rolling_sigma(k=...)", "Common are 3 and 6.")
     check_window(window, 2, "rolling_sigma(window=...)", "One has no deviation.")
@@ -187,7 +183,7 @@ def rolling_sigma(
         mean = jnp.sum(ratios, axis=0) / full
         distances = jnp.where(present, ratios - mean[None], 0)
         squares = jnp.sum(distances**2, axis=0)
-        return unit * mean, unit * jnp.sqrt(squares / jnp.maximum(full - 1, 1))
+        return unit * mean, unit * root(squares / jnp.maximum(full - 1, 1))
 
     def bound(
         ring: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
@@ -196,6 +192,7 @@ def rolling_sigma(
         return Bound(mean + at(k, context) * deviation, mean)
 
     return remembering(
+        caller="rolling_sigma",
         start=lambda norms: _ring(norms, window),
         bound=bound,
         learn=_put,
