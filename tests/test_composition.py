@@ -149,3 +149,11 @@ def test_an_overflow_of_a_scaled_loss_is_no_norm(name):
     _, never = run(unscaled(scale), half)
     chex.assert_trees_all_equal(memory_of(state), memory_of(never))
     assert not any(np.any(x) for x in jax.tree.leaves(history[4]))
+
+
+def test_a_reset_may_be_injected():
+    make = functools.partial(gn.reset_state_every, METHODS["zclip"]())
+    injected = optax.inject_hyperparams(make)(every=3, warmup_steps=2)
+    history, _ = run(injected, GRADS)
+    expected, _ = run(make(every=3, warmup_steps=2), GRADS)
+    chex.assert_trees_all_close(history, expected, rtol=1e-6)

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +150,14 @@ def test_it_compiles_once_with_donation(name):
     assert len(traces) == 1
     assert jitted._cache_size() == 1
     assert jax.tree.structure(updates) == jax.tree.structure(TREE)
+
+
+@transformations
+def test_flax_saves_its_state_and_brings_it_back(name):
+    state = TRANSFORMATIONS[name]().init(TREE)
+    ones = jax.tree.map(jnp.ones_like, state)
+    found = flax.serialization.from_bytes(state, flax.serialization.to_bytes(ones))
+    chex.assert_trees_all_equal(found, ones)
 
 
 @transformations

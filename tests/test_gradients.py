@@ -156,3 +156,41 @@ def test_norms_and_slopes_are_right_at_the_far_end_of_float32(order, size):
     )
     np.testing.assert_allclose(norm / np.float32(size), unit_norm, rtol=1e-6)
     np.testing.assert_allclose(slope, unit_slope, rtol=1e-6)
+
+
+RULES = {
+    "percentile": (gn.thresholds.percentile(50.0, window=3), "rescale"),
+    "z_score": (gn.thresholds.z_score(0.5, warmup_steps=2), "reciprocal"),
+    "ema_relative": (
+        gn.thresholds.ema_relative(1.05, warmup_limit=0.5, rearm_after=2),
+        "rescale",
+    ),
+    "ema_band": (gn.thresholds.ema_band(0.9, 1.1), "band"),
+    "quantile": (gn.thresholds.quantile(0.5, rearm_after=2), "smooth"),
+    "rolling_sigma": (gn.thresholds.rolling_sigma(0.5, window=4), "center"),
+    "max_ema": (gn.thresholds.max_ema(rearm_after=2), "rescale"),
+    "moment_ratio": (gn.thresholds.moment_ratio(), "normalize"),
+    "second_moment": (gn.thresholds.second_moment(0.5), "rescale"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_steps_with_memory_can_be_differentiated_with_a_leaf_of_zeros(name):
+    rule, shrink = RULES[name]
+    clip = gn.clip_by_norm(
+        rule, granularity=gn.per_leaf(), shrink=getattr(gn.shrink, shrink)
+    )
+    sizes = jnp.array([1.0, 1.5, 0.8, 2.0, 1.2])
+
+    def total(x):
+        def step(state, size):
+            grads = {"a": size * x, "b": jnp.zeros(2), "c": 0.0 * x}
+            clipped, state = clip.update(grads, state)
+            return state, sum(jnp.vdot(y, jnp.arange(1.0, 3)) for y in clipped.values())
+
+        start = clip.init({"a": x, "b": jnp.zeros(2), "c": x})
+        return jnp.sum(jax.lax.scan(step, start, sizes)[1])
+
+    slope = jax.jit(jax.grad(total))(jnp.array([0.6, -0.3]))
+    assert np.all(np.isfinite(slope))
+    assert np.any(slope != 0)

@@ -226,7 +226,7 @@ def test_a_rule_for_each_part_sees_its_own_norm_and_parameters():
     _, state = clip.update(GRADS, clip.init(params), params)
     _, state = clip.update(GRADS, state, params)
     np.testing.assert_allclose(state.metrics.limits, [5, 2, 1], rtol=1e-6)
-    np.testing.assert_allclose(state.memory[2][0], 12, rtol=1e-6)
+    np.testing.assert_allclose(state.memory.parts[2][0], 12, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shrink", [gn.shrink.rescale, gn.shrink.normalize])
@@ -241,3 +241,34 @@ def test_a_norm_reaches_its_limit_from_however_far(norm, limit, shrink):
     moves = shrink is gn.shrink.normalize or norm > limit
     wanted = [limit if moves else norm, 0]
     np.testing.assert_allclose(clipped, np.float32(wanted), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        gn.thresholds.percentile(90.0),
+        gn.thresholds.max_ema(),
+        gn.thresholds.ema_relative(1.05, warmup_steps=9, warmup_limit=1.0),
+    ],
+)
+@pytest.mark.parametrize("granularity", [gn.whole_tree(), gn.per_leaf()])
+def test_an_infinite_norm_is_no_part_of_its_own_limit(rule, granularity):
+    clip = gn.clip_by_norm(rule, granularity=granularity)
+    _, state = clip.update(GRADS, clip.init(GRADS))
+    clipped, state = clip.update(spoilt("a", np.inf), state)
+    assert np.isnan(clipped["a"]).any()
+    assert np.all(np.isfinite(state.metrics.limits))
+
+
+def test_a_memory_may_hold_a_number_for_all_parts():
+    rule = gn.thresholds.remembering(
+        start=lambda norms: (norms, jnp.zeros((), norms.dtype)),
+        bound=lambda own, seen, norms, context: gn.thresholds.Bound(own[0]),
+        learn=lambda own, seen, norms, context: (norms, own[1] + jnp.sum(norms)),
+        level=lambda own, seen: own[0],
+        warmup_steps=1,
+    )
+    clip = gn.clip_by_norm(rule, granularity=gn.per_leaf())
+    step = lambda state, _: (clip.update(GRADS, state)[1], None)  # noqa: E731
+    state, _ = jax.lax.scan(step, clip.init(GRADS), length=2)
+    np.testing.assert_allclose(state.memory.own[1], 2 * 11.5, rtol=1e-6)

@@ -235,14 +235,63 @@ def test_what_a_clip_takes_away_is_given_back(dtype):
 
 
 @pytest.mark.parametrize("policy", ["propagate", "zero", "drop"])
-def test_a_residual_takes_in_nothing_that_is_not_finite(policy):
-    tx = gn.with_residual(gn.clip_by_global_norm(0.75, nonfinite=policy))
+@pytest.mark.parametrize("clip", [gn.clip_by_global_norm, gn.clip_by_leaf_norm])
+def test_a_residual_takes_in_nothing_that_is_not_finite(policy, clip):
+    tx = gn.with_residual(clip(0.75, nonfinite=policy))
     _, state = tx.update(GRADS[0], tx.init(PARAMS))
-    updates, after = tx.update(spoilt(GRADS[1], np.nan), state)
-    chex.assert_trees_all_equal(state.residual, after.residual)
+    bad = spoilt(GRADS[1], np.nan)
+    updates, after = tx.update(bad, state)
     later, _ = tx.update(GRADS[2], after)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(later))
     assert np.isnan(updates["b"][1]) == (policy == "propagate")
+    np.testing.assert_array_equal(after.residual["b"], state.residual["b"])
+    # A leaf that got an update has paid: what went in is what came out, and the rest.
+    given = np.any(np.isfinite(updates["w"]) & (updates["w"] != 0))
+    assert given == (clip is gn.clip_by_leaf_norm and policy != "zero")
+    paid = bad["w"] - updates["w"] if given else np.zeros_like(bad["w"])
+    np.testing.assert_allclose(
+        after.residual["w"], state.residual["w"] + paid, atol=1e-6
+    )
+
+
+def test_what_is_owed_need_not_fit_into_the_dtype_of_the_gradients():
+    tx = gn.with_residual(gn.clip_by_global_norm(1.0))
+    grads = jnp.array([6e4], jnp.float16)
+    state = tx.init(grads)
+    for k in range(1, 4):
+        updates, state = tx.update(grads, state)
+        np.testing.assert_allclose(updates, np.float16([1.0]), rtol=1e-3)
+        np.testing.assert_allclose(state.residual, [k * 59999.0], rtol=1e-4)
+
+
+def test_a_loss_below_zero_does_not_turn_a_memory_around():
+    rule = rolling_sigma(2.0, window=8, warmup_steps=4, rearm_after=2)
+    tx = gn.skip_step(optax.sgd(0.1), value_rule=rule)
+    state, skipped = tx.init(PARAMS), []
+    values = [-10.0, -10.1, -9.9, -10.0, 5.0, 5.0, 5.0, *[-10.0, -10.1] * 5]
+    for value in values:
+        _, state = tx.update(GRADS[0], state, PARAMS, value=value)
+        skipped.append(bool(state.metrics.skipped))
+    assert float(state.value_memory.run[2]) == 1
+    assert skipped[4]
+    assert not any(skipped[7:])
+
+
+def test_a_number_may_be_the_limit_of_a_loss_below_zero():
+    tx = gn.skip_step(optax.sgd(0.1), value_rule=-1.0)
+    for value, skipped in ((-2.0, False), (-0.5, True)):
+        _, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=value)
+        assert bool(state.metrics.skipped) == skipped
+
+
+def test_a_watched_row_says_nothing_of_the_clip_in_a_step_that_was_skipped():
+    tx = gn.watch(skip_above(100.0), record=("grad",), window=3)
+    state = tx.init(PARAMS)
+    for grads in (GRADS[0], spoilt(GRADS[1], 1e6), GRADS[2]):
+        _, state = tx.update(grads, state, PARAMS)
+    np.testing.assert_array_equal(
+        np.isnan(state.ring[:, -3:]).all(axis=1), [False, True, False]
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,6 +326,11 @@ def test_a_residual_takes_in_nothing_that_is_not_finite(policy):
             r"every=...\)` must be at least 1, got 0",
         ),
         (
+            lambda: gn.reset_state_every(optax.sgd(1.0), 5, warmup_steps=6),
+            ValueError,
+            r"warmup_steps=...\)` must be at most `every`, got 6 and 5",
+        ),
+        (
             lambda: gn.with_residual(1.0),
             TypeError,
             r"with_residual\(clip=...\)` must be an Optax transformation",
@@ -292,9 +346,16 @@ def test_what_an_update_lacks_is_asked_for_by_name():
     tx = on_the_loss()
     with pytest.raises(ValueError, match=r"update\(value=...\)` must be the loss"):
         tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
-    tx = gn.skip_step(optax.sgd(1.0), gn.thresholds.relative_to_params(1.0))
+    skip = gn.skip_step(optax.sgd(1.0), gn.thresholds.relative_to_params(1.0))
     with pytest.raises(ValueError, match=r"skip_step.*params=...\)` must be given"):
-        tx.update(GRADS[0], tx.init(PARAMS))
+        skip.update(GRADS[0], skip.init(PARAMS))
+    with pytest.raises(ValueError, match=r"value=...\)` must be one number, the loss"):
+        on_the_loss().update(GRADS[0], tx.init(PARAMS), PARAMS, value=np.ones(2))
+    for wrapped in (on_the_loss(), gn.with_residual(gn.clip(1.0))):
+        with pytest.raises(
+            TypeError, match=r"must be the `\w+State` that .*EmptyState"
+        ):
+            wrapped.update(GRADS[0], optax.EmptyState(), PARAMS)
     tx = gn.reset_state_every(optax.scale_by_adam(), 2)
     with pytest.raises(ValueError, match=r"reset_state_every.*params=...\)` must be"):
         tx.update(GRADS[0], tx.init(PARAMS))

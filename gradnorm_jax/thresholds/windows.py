@@ -177,9 +177,10 @@ def rolling_sigma(
         """Mean and deviation, at any magnitude, 0 where there is none."""
         full = jnp.clip(seen, 1, window).astype(ring.dtype)
         present = ring < jnp.inf
-        sizes = jnp.max(jnp.where(present, jnp.abs(ring), 0), axis=0)
+        norms = jnp.where(present, ring, 0)
+        sizes = jnp.max(jnp.abs(norms), axis=0)
         unit = jnp.where(sizes > 0, sizes, 1)
-        ratios = jnp.where(present, ring / unit[None], 0)
+        ratios = norms / unit[None]
         mean = jnp.sum(ratios, axis=0) / full
         distances = jnp.where(present, ratios - mean[None], 0)
         squares = jnp.sum(distances**2, axis=0)
