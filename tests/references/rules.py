@@ -39,9 +39,9 @@ def run(rule, norms, shrink="rescale", *, totals=None, schedules=None):
     together; `schedules` is {argument: step -> number}.
     """
     seen, clipped_run, limits, clipped = 0, [], [], []
-    totals = norms if totals is None else totals
+    totals = [None] * len(norms) if totals is None else totals
     for step, (n, total) in enumerate(zip(norms, totals, strict=True)):
-        n, total, warm = float(n), float(total), seen < rule.warmup_steps
+        n, warm = float(n), seen < rule.warmup_steps
         for name, value in (schedules or {}).items():
             setattr(rule, name, value(step))
         if n == 0 or not math.isfinite(n):
@@ -66,7 +66,8 @@ def run(rule, norms, shrink="rescale", *, totals=None, schedules=None):
 def warm_up(rule, n, total):
     if rule.warmup_limit == math.inf:
         return math.inf, math.inf, 0
-    limit = n * min(1, rule.warmup_limit / total)
+    alone = total is None
+    limit = rule.warmup_limit if alone else n * min(1, rule.warmup_limit / float(total))
     return limit, limit, 0
 
 
