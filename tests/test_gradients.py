@@ -162,7 +162,9 @@ RULES = {
     "percentile": (gn.thresholds.percentile(50.0, window=3), "rescale"),
     "z_score": (gn.thresholds.z_score(0.5, warmup_steps=2), "reciprocal"),
     "ema_relative": (
-        gn.thresholds.ema_relative(1.05, warmup_limit=0.5, rearm_after=2),
+        gn.thresholds.ema_relative(
+            1.05, warmup_steps=3, warmup_limit=0.5, rearm_after=2
+        ),
         "rescale",
     ),
     "ema_band": (gn.thresholds.ema_band(0.9, 1.1), "band"),
@@ -180,7 +182,7 @@ def test_steps_with_memory_can_be_differentiated_with_a_leaf_of_zeros(name):
     clip = gn.clip_by_norm(
         rule, granularity=gn.per_leaf(), shrink=getattr(gn.shrink, shrink)
     )
-    sizes = jnp.array([1.0, 1.5, 0.8, 2.0, 1.2])
+    sizes = jnp.array([1.0, 1.5, 0.0, 0.8, 2.0, 1.2])
 
     def total(x):
         def step(state, size):
