@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from gradnorm_jax import norms, shrink, thresholds
+from gradnorm_jax._sharding import DistributedNormError
 from gradnorm_jax._trees import leaf_names
+from gradnorm_jax._typing import AUTO
 from gradnorm_jax.clipping import clip_by_norm
 from gradnorm_jax.methods import (
     adaclip,
@@ -69,8 +71,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AUTO",
     "ClipMetrics",
     "ClipState",
+    "DistributedNormError",
     "Granularity",
     "Norm",
     "ResetState",

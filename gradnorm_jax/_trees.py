@@ -125,11 +125,3 @@ def _compile(pattern: str, caller: str) -> re.Pattern:
 def listed(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:6]))
     return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
-
-
-def unshared(state: Tree) -> Tree:
-    """Returns a state of which every array has a buffer of its own.
-
-    A buffer that two arrays share cannot be donated.
-    """
-    return jax.tree.map(jnp.copy, state)

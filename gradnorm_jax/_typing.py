@@ -1,5 +1,6 @@
 """The shared words: what the signatures of this package speak of."""
 
+import enum
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,21 @@ Axis = int | tuple[int, ...]
 PerLeaf = Axis | Mapping[str, Axis]
 #: A number that is known, or one that is traced.
 Scalar = float | jax.Array
+
+
+class Auto(enum.Enum):
+    """The type of `AUTO`."""
+
+    AUTO = "AUTO"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+#: Reduce over the mesh axes that JAX's types name.
+AUTO = Auto.AUTO
+#: The mesh axes to reduce over: `AUTO`, or their names.
+AxisNames = Auto | str | tuple[str, ...]
 
 
 class Bound(NamedTuple):

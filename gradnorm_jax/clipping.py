@@ -9,17 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradnorm_jax import _trees, kernels
+from gradnorm_jax import _sharding, _trees, kernels
 from gradnorm_jax._checks import check_limit, check_state
 from gradnorm_jax._layout import Layout
-from gradnorm_jax._typing import Bound, Scalar, Tree
-from gradnorm_jax.norms import granularity as norms_by
+from gradnorm_jax._sharding import Placement
+from gradnorm_jax._typing import AUTO, AxisNames, Bound, Scalar, Tree
 from gradnorm_jax.norms.fold import Norm, accumulator, l2, linf
 from gradnorm_jax.norms.granularity import Granularity, whole_tree
+from gradnorm_jax.norms.measurement import (
+    Folded,
+    Measured,
+    first_nonfinite_leaf,
+    fold,
+)
 from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
 from gradnorm_jax.telemetry import ClipMetrics, ClipState
 from gradnorm_jax.thresholds.memoryless import as_threshold
-from gradnorm_jax.thresholds.rule import Context, Threshold, learn, param_norms
+from gradnorm_jax.thresholds.rule import Context, Threshold, learn, needed
 
 POLICIES = ("propagate", "zero", "drop")
 
@@ -32,6 +38,8 @@ def clip_by_norm(
     shrink: Shrink = rescale,
     nonfinite: str = "propagate",
     eps: Scalar = 0.0,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales gradients down where their norm exceeds a threshold.
 
@@ -58,6 +66,13 @@ def clip_by_norm(
         stays as it was: with "drop" that of these parts, else all of it.
       eps: Added to the norm; with 1e-6 the scale is that of PyTorch,
         min(1, max_norm / (norm + eps)), which shrinks a norm at its limit too.
+      axis_names: The mesh axes to reduce norms over inside `shard_map`: by default
+        those over which the type of a leaf says that it varies. An axis that is left
+        out holds independent models; `()` is for gradients that are the same on every
+        device. An axis of `jax.vmap` is reduced over if it is named.
+      specs: The PartitionSpec of each leaf inside `shard_map`, or a prefix of that
+        tree, where types do not tell: with `check_vma=False`, and where parts lie
+        across the shards of a leaf, as units do.
 
     Returns:
       A transformation whose state is a :class:`ClipState`: the rule's memory, and
@@ -73,6 +88,9 @@ def clip_by_norm(
         and right wherever they fit into it, though their squares may not.
       - ``init`` and ``update`` return one tree structure: the state rides in `scan`.
       - ``None`` and ``optax.MaskedNode`` in place of a leaf pass by.
+      - Sharded gradients are clipped as if they were on one device, under ``jit`` and
+        inside ``shard_map``, with one collective; the state is the same on every
+        device, and ``init`` puts it on the mesh of the parameters.
 
       =================  ==========================  ====================
       a part with        becomes                     ``metrics.scales``
@@ -88,6 +106,8 @@ def clip_by_norm(
       ValueError: If ``threshold`` or ``eps`` is a negative number, or ``nonfinite`` no
         policy. By ``update``: if the rule needs ``params`` and gets none.
       TypeError: By ``init`` and ``update``: if a leaf is of an integer dtype.
+      DistributedNormError: By ``update``, inside ``shard_map``: if it cannot be known
+        how a leaf is split, or a gradient differs where its parameter is replicated.
 
     Example:
       >>> clip = clip_by_norm(1.0)
@@ -105,12 +125,13 @@ def clip_by_norm(
 
     def init(params: Tree) -> ClipState:
         _, leaves, _ = _trees.flatten(params, "clip_by_norm(...).init(params)")
-        shape = granularity.layout(params).part_shape
-        zeros = jnp.zeros(shape, accumulator(leaves))
+        placement = Placement(axis_names, specs, "clip_by_norm(...).init(params)")
+        layout = granularity.layout(params, placement, measured=False)
+        zeros = jnp.zeros(layout.part_shape, accumulator(leaves))
         state = ClipState(
             jnp.zeros((), jnp.int32), rule.init(zeros), ClipMetrics.zeros(zeros)
         )
-        return _trees.unshared(state)
+        return _sharding.placed(state, params, layout.split)
 
     def update(
         updates: Tree,
@@ -118,42 +139,46 @@ def clip_by_norm(
         params: Tree | None = None,
         *,
         norms: jax.Array | None = None,
+        folded: Folded | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, ClipState]:
         del extra_args
-        _, leaves, treedef = _trees.flatten(
-            updates, "clip_by_norm(...).update(updates)"
-        )
-        layout = granularity.layout(updates)
+        placement = Placement(axis_names, specs, "clip_by_norm(...).update(updates)")
+        names, leaves, treedef = _trees.flatten(updates, placement.caller)
+        layout = granularity.layout(updates, placement)
         _check_state(state, layout)
+        _sharding.check_averaged(names, leaves, layout.split, params, placement.caller)
 
         # MEASURE
-        if norms is None:
-            measured, sound = kernels.apart(
-                lambda *leaves: norms_by.measure(layout, leaves, norm),
-                state.step >= 0,
-                *leaves,
-            )
-            first_bad = norms_by.first_nonfinite_leaf(layout, sound)
+        shared = folded and folded.by_other_parts(layout, leaves, norm)
+        if norms is not None:
+            known = _given(norms, layout)
         else:
-            measured = _given(norms, layout)
-            first_bad = jnp.full((), -1, jnp.int32)
+            known = shared and shared.measured()
+        trees = [] if known else [(layout, leaves)]
+        if rule.needs_params:
+            weights = needed(params, "clip_by_norm(...)")
+            trees.append(
+                (granularity.layout(weights, placement), jax.tree.leaves(weights))
+            )
+        found = fold(trees, norm, state.step >= 0)
+        sizes, sound = known or found[0].measured()
+        first_bad = first_nonfinite_leaf(layout, sound)
 
         # DECIDE
-        finite = jnp.isfinite(measured)
+        finite = jnp.isfinite(sizes)
         taken_in = jnp.broadcast_to(jnp.all(finite), finite.shape)
         if nonfinite == "drop":
             taken_in = finite
-        measure = functools.partial(granularity.measure, norm=norm)
-        own = param_norms(rule, params, measure, "clip_by_norm(...)")
+        own = found[-1].measured().norms if rule.needs_params else None
         context = Context(state.step, own, taken_in)
-        bound = rule.decide(state.memory, jnp.where(finite, measured, 0), context)
+        bound = rule.decide(state.memory, jnp.where(finite, sizes, 0), context)
 
         # APPLY
         factors, zero = kernels.apart(
             functools.partial(_factors, shrink, nonfinite),
             state.step >= 0,
-            measured,
+            sizes,
             bound,
             eps,
         )
@@ -163,11 +188,11 @@ def clip_by_norm(
         ]
 
         # RECORD
-        after = _unless(zero, factors.scale(measured))
-        memory = learn(rule, state.memory, measured, after, context)
+        after = _unless(zero, factors.scale(sizes))
+        memory = learn(rule, state.memory, sizes, after, context)
         metrics = state.metrics.after_a_step(
             state.step,
-            norms=measured,
+            norms=sizes,
             limits=jnp.maximum(bound.limit, 0),
             scales=_unless(zero, factors.scales),
             was_clipped=~factors.keep & finite,
@@ -223,7 +248,7 @@ def _unless(zero: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if zero is None else jnp.where(zero, 0, x)
 
 
-def _given(norms: Any, layout: Layout) -> jax.Array:
+def _given(norms: Any, layout: Layout) -> Measured:
     """Returns norms that were computed elsewhere, checked."""
     leaves = jax.tree.leaves(norms)
     if len(leaves) != 1 or jnp.shape(leaves[0]) not in ((), layout.part_shape):
@@ -233,7 +258,8 @@ def _given(norms: Any, layout: Layout) -> jax.Array:
         )
     norms = jnp.asarray(leaves[0])
     wide = np.promote_types(norms.dtype, np.float32)
-    return jnp.broadcast_to(norms.astype(wide), layout.part_shape)
+    norms = jnp.broadcast_to(norms.astype(wide), layout.part_shape)
+    return Measured(norms, jnp.ones(0, bool))
 
 
 def _check_state(state: Any, layout: Layout) -> None:

@@ -1,7 +1,5 @@
 """Per-example clips: each example's gradient bounded on its own, then summed."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +7,19 @@ import numpy as np
 from gradnorm_jax import _layout, _trees, kernels
 from gradnorm_jax._checks import check_limit
 from gradnorm_jax._layout import Layout
-from gradnorm_jax._typing import Bound, Scalar, Tree
+from gradnorm_jax._sharding import Placement
+from gradnorm_jax._typing import AUTO, AxisNames, Bound, Scalar, Tree
 from gradnorm_jax.norms.fold import l2
-from gradnorm_jax.norms.granularity import measure
+from gradnorm_jax.norms.measurement import measure
 from gradnorm_jax.shrink import rescale, scaling
 
 
 def per_example_global_norm_clip(
-    grads: Tree, l2_norm_clip: Scalar
+    grads: Tree,
+    l2_norm_clip: Scalar,
+    *,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> tuple[Tree, jax.Array]:
     r"""Clips the gradient of each example by its global norm, and sums them.
 
@@ -28,6 +31,10 @@ def per_example_global_norm_clip(
     Args:
       grads: A tree of gradients with the examples along axis 0 of every leaf.
       l2_norm_clip: The largest norm of one example's gradient (:math:`C`).
+      axis_names: Inside `shard_map`, the mesh axes over which the gradient of one
+        example is split; `()` where each device holds all of the gradients of its own
+        examples. The sum is then that over the examples of one device.
+      specs: The PartitionSpec of each leaf, which says so too.
 
     Returns:
       The sum over the examples, in float32 or wider, and the number of examples that
@@ -54,14 +61,22 @@ def per_example_global_norm_clip(
     """
     caller = "per_example_global_norm_clip(l2_norm_clip=...)"
     check_limit(l2_norm_clip, caller)
-    layout = _layout.by_example(grads, "per_example_global_norm_clip(grads)")
+    placement = Placement(axis_names, specs)
+    layout = _layout.by_example(
+        grads, placement, caller="per_example_global_norm_clip(grads)"
+    )
     limits = jnp.broadcast_to(jnp.asarray(l2_norm_clip), layout.part_shape)
     total, clipped = _clip_and_sum(layout, grads, limits)
     return total, jnp.sum(clipped, dtype=jnp.int32)
 
 
 def per_example_layer_norm_clip(
-    grads: Tree, global_l2_norm_clip: Scalar, uniform: bool = True
+    grads: Tree,
+    global_l2_norm_clip: Scalar,
+    uniform: bool = True,
+    *,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> tuple[Tree, Tree]:
     r"""Clips each leaf of the gradient of each example by its norm, and sums them.
 
@@ -73,6 +88,8 @@ def per_example_layer_norm_clip(
       grads: A tree of gradients with the examples along axis 0 of every leaf.
       global_l2_norm_clip: The largest global norm of one example's gradient (C).
       uniform: Whether every leaf has the same limit, or one that grows with its size.
+      axis_names: As in :func:`per_example_global_norm_clip`.
+      specs: As in :func:`per_example_global_norm_clip`.
 
     Returns:
       The sum over the examples, in float32 or wider, and a tree with the number of
@@ -96,12 +113,15 @@ def per_example_layer_norm_clip(
     caller = "per_example_layer_norm_clip(global_l2_norm_clip=...)"
     check_limit(global_l2_norm_clip, caller)
     layout = _layout.by_example(
-        grads, "per_example_layer_norm_clip(grads)", each_leaf=True
+        grads,
+        Placement(axis_names, specs),
+        caller="per_example_layer_norm_clip(grads)",
+        each_leaf=True,
     )
-    entries = [math.prod(shape[1:]) for shape in layout.shapes]
+    examples = layout.shapes[0][0] if layout.shapes else 0
+    entries = [layout.size(i) // max(examples, 1) for i in layout.members]
     total_entries = max(sum(entries), 1)
     shares = [1 / len(entries) if uniform else n / total_entries for n in entries]
-    examples = layout.shapes[0][0] if layout.shapes else 0
     limits = global_l2_norm_clip * jnp.repeat(
         jnp.sqrt(jnp.asarray(shares)),
         examples,

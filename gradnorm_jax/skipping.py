@@ -1,6 +1,5 @@
 """Steps that are skipped as if they never were."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradnorm_jax import _trees, kernels
+from gradnorm_jax import _sharding, _trees
 from gradnorm_jax._checks import check_state, check_steps, check_transformation
-from gradnorm_jax._typing import Scalar, Tree
-from gradnorm_jax.norms import granularity as norms_by
+from gradnorm_jax._sharding import Placement
+from gradnorm_jax._typing import AUTO, AxisNames, Scalar, Tree
 from gradnorm_jax.norms.fold import Norm, accumulator, l2
+from gradnorm_jax.norms.granularity import whole_tree
+from gradnorm_jax.norms.measurement import Folded, fold
 from gradnorm_jax.telemetry import SkipMetrics, SkipState
 from gradnorm_jax.thresholds.memoryless import as_threshold, schedule
-from gradnorm_jax.thresholds.rule import Context, Threshold, learn, param_norms
+from gradnorm_jax.thresholds.rule import Context, Threshold, learn, needed
 
 Rule = Scalar | Callable[[jax.Array], Scalar] | Threshold
 
@@ -27,6 +28,8 @@ def skip_step(
     value_rule: Rule | None = None,
     max_consecutive: int | None = 10,
     norm: Norm = l2,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips a step whose gradient is too large, or not finite, as if it never was.
 
@@ -52,6 +55,9 @@ def skip_step(
       max_consecutive: How many steps may be skipped in a row; `None` for any number. A
         step that is not finite is never let through.
       norm: Which norm is taken of all gradients.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`. The loss
+        is taken as it is given: inside `shard_map` give its mean over all devices.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation whose state is a :class:`SkipState` with the :class:`SkipMetrics`
@@ -96,7 +102,10 @@ def skip_step(
             value_limits.init(jnp.zeros((), jnp.float32)),
             SkipMetrics.zeros(zero),
         )
-        return _trees.unshared(state)._replace(inner_state=within.init(params))
+        placement = Placement(axis_names, specs, "skip_step(...).init(params)")
+        layout = whole_tree().layout(params, placement, measured=False)
+        state = _sharding.placed(state, params, layout.split)
+        return state._replace(inner_state=within.init(params))
 
     def update(
         updates: Tree,
@@ -104,21 +113,27 @@ def skip_step(
         params: Tree | None = None,
         *,
         value: Scalar | None = None,
+        folded: Folded | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, SkipState]:
         check_state(state, SkipState, "skip_step")
-        _, leaves, _ = _trees.flatten(updates, "skip_step(...).update(updates)")
-        layout = norms_by.whole_tree().layout(updates)
-        size = kernels.apart(
-            lambda *leaves: norms_by.measure(layout, leaves, norm)[0],
-            state.step >= 0,
-            *leaves,
-        )
+        placement = Placement(axis_names, specs, "skip_step(...).update(updates)")
+        names, leaves, _ = _trees.flatten(updates, placement.caller)
+        by_tree = whole_tree().layout
+        layout = by_tree(updates, placement)
+        _sharding.check_averaged(names, leaves, layout.split, params, placement.caller)
+        known = folded and folded.by_other_parts(layout, leaves, norm)
+        trees = [] if known else [(layout, leaves)]
+        if limits.needs_params:
+            weights = needed(params, "skip_step(...)")
+            trees.append((by_tree(weights, placement), jax.tree.leaves(weights)))
+        found = fold(trees, norm, state.step >= 0)
+        folded = known or found[0]
+        size = folded.measured().norms
         loss = _loss(value, value_rule)
         finite = jnp.isfinite(size) & jnp.isfinite(loss)
-        measure = functools.partial(norms_by.whole_tree().measure, norm=norm)
-        known = param_norms(limits, params, measure, "skip_step(...)")
-        context = Context(state.step, known, finite)
+        own = found[-1].measured().norms if limits.needs_params else None
+        context = Context(state.step, own, finite)
 
         def limit_of(rule: Threshold, memory: Any, x: jax.Array) -> jax.Array:
             x = jnp.where(jnp.isfinite(x), x, 0)
@@ -137,7 +152,7 @@ def skip_step(
         if value is not None:
             extra_args["value"] = value
         outgoing, inner_state = within.update(
-            updates, state.inner_state, params, **extra_args
+            updates, state.inner_state, params, folded=folded, **extra_args
         )
         outgoing = jax.tree.map(
             lambda x: jnp.where(skip, -jnp.zeros_like(x), x), outgoing

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from gradnorm_jax import _layout
 from gradnorm_jax._layout import Layout
+from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import Groups, PerLeaf, Tree
 
 State = TypeVar("State", bound=tuple)
@@ -214,17 +216,28 @@ def layout(
     params: Tree,
     groups: Groups | None,
     stacked_axes: PerLeaf | None,
+    placement: Placement = Placement(),  # noqa: B008 - frozen
     caller: str = "watch(params)",
+    *,
+    measured: bool = False,
 ) -> Layout:
     """How `watch` divides a tree: by groups, or by leaves and their layers."""
     if groups is None:
-        return _layout.by_leaf(params, stacked_axes, caller)
+        return _layout.by_leaf(
+            params,
+            placement,
+            stacked_axes=stacked_axes,
+            caller=caller,
+            measured=measured,
+        )
     if stacked_axes is not None:
         raise ValueError(
             f"`{caller.split('(')[0]}(groups=..., stacked_axes=...)`: a group has one"
             " norm, layers and all. Give one of the two."
         )
-    return _layout.by_group(params, groups, None, caller)
+    return _layout.by_group(
+        params, placement, groups=groups, caller=caller, measured=measured
+    )
 
 
 def columns(
@@ -306,17 +319,21 @@ def scalars(state: Tree) -> dict[str, Any]:
             " one, such as `gradnorm_jax.clip_by_global_norm(1.0)`; to only measure,"
             " give it the limit `jnp.inf`."
         )
+    # On the host the figures are computed there too, by NumPy: one process of many may
+    # ask for them alone.
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((clips, skips)))
+    xp = jnp if traced else np
+    if not traced:
+        clips, skips = jax.device_get((clips, skips))
     record: dict[str, Any] = {}
     for name, found in (("clip", clips), ("skip", skips)):
         for position, metrics in enumerate(found, start=1):
             prefix = "" if position == 1 else f"{name}{position}/"
-            record |= {prefix + key: x for key, x in _flat(metrics).items()}
-    if any(isinstance(x, Tracer) for x in record.values()):
-        return record
-    return {key: x.item() for key, x in jax.device_get(record).items()}
+            record |= {prefix + key: x for key, x in _flat(metrics, xp).items()}
+    return record if traced else {key: x.item() for key, x in record.items()}
 
 
-def _flat(metrics: ClipMetrics | SkipMetrics) -> dict[str, jax.Array]:
+def _flat(metrics: ClipMetrics | SkipMetrics, xp: Any) -> dict[str, Any]:
     if isinstance(metrics, SkipMetrics):
         return {
             "skip/norm": metrics.norm,
@@ -331,15 +348,15 @@ def _flat(metrics: ClipMetrics | SkipMetrics) -> dict[str, jax.Array]:
         norms = {"grad_norm/global_preclip": metrics.norms}
     else:
         norms = {
-            "grad_norm/part_min_preclip": jnp.min(metrics.norms, initial=jnp.inf),
-            "grad_norm/part_max_preclip": jnp.max(metrics.norms, initial=0),
+            "grad_norm/part_min_preclip": xp.min(metrics.norms, initial=xp.inf),
+            "grad_norm/part_max_preclip": xp.max(metrics.norms, initial=0),
         }
     return norms | {
-        "clip/limit": jnp.min(metrics.limits, initial=jnp.inf),
-        "clip/scale": jnp.min(metrics.scales, initial=1),
+        "clip/limit": xp.min(metrics.limits, initial=xp.inf),
+        "clip/scale": xp.min(metrics.scales, initial=1),
         "clip/fraction": metrics.clipped_fraction,
         "clip/rate": metrics.clip_rate,
-        "clip/consecutive": jnp.max(metrics.consecutive_clipped, initial=0),
+        "clip/consecutive": xp.max(metrics.consecutive_clipped, initial=0),
         "nonfinite/count": metrics.nonfinite_count,
         "nonfinite/first_leaf": metrics.first_nonfinite_leaf,
     }

@@ -1,16 +1,19 @@
 """A record of norms that rides in the optimizer's state: one ring, no host sync."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gradnorm_jax import kernels
+from gradnorm_jax import _sharding
 from gradnorm_jax._checks import check_transformation
-from gradnorm_jax._typing import Groups, PerLeaf, Tree
+from gradnorm_jax._layout import Layout
+from gradnorm_jax._sharding import Placement
+from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Tree
 from gradnorm_jax.norms.fold import l2
-from gradnorm_jax.norms.granularity import measure
+from gradnorm_jax.norms.measurement import fold
 from gradnorm_jax.telemetry import (
     KINDS,
     SCALARS,
@@ -29,6 +32,8 @@ def watch(
     record: tuple[str, ...] = KINDS,
     groups: Groups | None = None,
     stacked_axes: PerLeaf | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the norms of the last steps of an optimizer in its state.
 
@@ -44,6 +49,8 @@ def watch(
       groups: Labels by which leaves have one norm together instead of one each, as in
         `group_norms`.
       stacked_axes: The axis along which a leaf stacks layers, as in `leaf_norms`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with the updates of `tx`, whose state is a :class:`WatchState`.
@@ -54,6 +61,9 @@ def watch(
       - The updates of `tx` pass through bit for bit.
       - No callback, no host sync, one fixed shape: it rides in `scan` and in donation.
       - Nothing is filtered: a NaN, an infinity and an exact 0 are recorded as such.
+      - What is measured of the gradients is measured once: a clip or a `skip_step` at
+        the head of `tx` goes by the same sums. Inside `shard_map` the whole record
+        costs two collectives, and it is the same on every device.
 
     Raises:
       ValueError: If `window` is below 1, or `record` is empty or holds another word.
@@ -70,11 +80,18 @@ def watch(
     inner = optax.with_extra_args_support(tx)
     kinds = tuple(kind for kind in KINDS if kind in record)
 
+    placement = Placement(axis_names, specs, "watch(...).update(updates)")
+
+    def divided(tree: Tree, *, measured: bool = True) -> Layout:
+        return layout(tree, groups, stacked_axes, placement, measured=measured)
+
     def init(params: Tree) -> WatchState:
-        parts = len(layout(params, groups, stacked_axes).part_names)
-        width = len(kinds) * parts + len(SCALARS)
+        parts = divided(params, measured=False)
+        width = len(kinds) * math.prod(parts.part_shape) + len(SCALARS)
         ring = jnp.zeros((window, width), jnp.float32)
-        return WatchState(inner.init(params), ring, jnp.zeros((), jnp.int32))
+        own = (ring, jnp.zeros((), jnp.int32))
+        ring, rows = _sharding.placed(own, params, parts.split)
+        return WatchState(inner.init(params), ring, rows)
 
     def update(
         updates: Tree,
@@ -92,20 +109,27 @@ def watch(
             )
         if value is not None:
             extra_args["value"] = value
+        parts = divided(updates)
+        leaves = jax.tree.leaves(updates)
+        _sharding.check_averaged(
+            parts.names, leaves, parts.split, params, placement.caller
+        )
+        live = state.rows >= 0
+        if "grad" in kinds:
+            [extra_args["folded"]] = fold([(parts, leaves)], l2, live)
         outgoing, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-
-        def norms(tree: Tree) -> jax.Array:
-            parts = layout(tree, groups, stacked_axes)
-            return measure(parts, jax.tree.leaves(tree), l2)[0].astype(jnp.float32)
-
-        measures = {
-            "grad": lambda: norms(updates),
-            "update": lambda: kernels.apart(norms, state.rows >= 0, outgoing),
-            "param": lambda: norms(params),
-        }
-        row = [*(measures[kind]() for kind in kinds), _scalars(inner_state, value)]
+        trees = {"update": outgoing, "param": params}
+        later = [kind for kind in kinds if kind in trees]
+        found = fold(
+            [(divided(trees[k]), jax.tree.leaves(trees[k])) for k in later], l2, live
+        )
+        measured = dict(zip(later, found, strict=True))
+        if "grad" in kinds:
+            measured["grad"] = extra_args["folded"]
+        row = [measured[kind].measured().norms.astype(jnp.float32) for kind in kinds]
+        row.append(_scalars(inner_state, value))
         ring = _write(state.ring, state.rows, jnp.concatenate(row))
         rows = jnp.asarray(optax.safe_increment(state.rows))
         return outgoing, WatchState(inner_state, ring, rows)

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from gradnorm_jax import kernels
+from gradnorm_jax import _layout, _sharding, kernels
 from gradnorm_jax._checks import check_state, check_steps, check_transformation
-from gradnorm_jax._typing import Tree
+from gradnorm_jax._sharding import Placement
+from gradnorm_jax._typing import AUTO, AxisNames, Tree
 
 
 class ResetState(NamedTuple):
@@ -113,6 +114,9 @@ class ResidualState(NamedTuple):
 
 def with_residual(
     clip: optax.GradientTransformation,
+    *,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds what a clip took away from the last gradients to the next (U-Clip).
 
@@ -128,6 +132,8 @@ def with_residual(
 
     Args:
       clip: Any clip, such as `clip_by_global_norm(1.0)`.
+      axis_names: Which mesh axes a leaf is split over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation whose state is a :class:`ResidualState`.
@@ -152,7 +158,7 @@ def with_residual(
     def init(params: Tree) -> ResidualState:
         inner_state = within.init(params)
         residual = jax.tree.map(
-            lambda x: jnp.zeros(jnp.shape(x), _wide(jnp.result_type(x))), params
+            lambda x: jnp.zeros_like(x, _wide(jnp.result_type(x))), params
         )
         return ResidualState(inner_state, residual)
 
@@ -160,6 +166,8 @@ def with_residual(
         updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ResidualState]:
         check_state(state, ResidualState, "with_residual")
+
+        placement = Placement(axis_names, specs, "with_residual(...).update(updates)")
 
         def owe(x: jax.Array, rest: jax.Array) -> jax.Array:
             wide = np.promote_types(x.dtype, rest.dtype)
@@ -170,18 +178,39 @@ def with_residual(
             owed, state.inner_state, params, **extra_args
         )
         outgoing = jax.tree.map(lambda x, own: x.astype(own.dtype), clipped, updates)
-        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(owed)]
-        sound = functools.reduce(jnp.logical_and, finite, jnp.ones((), bool))
+        bad, moved = _flags(owed, outgoing, placement)
 
-        def rest(old: jax.Array, owed: jax.Array, given: jax.Array) -> jax.Array:
+        def rest(
+            old: jax.Array, owed: jax.Array, given: jax.Array, moved: jax.Array
+        ) -> jax.Array:
             new = owed - given.astype(owed.dtype)
-            moved = sound | jnp.any(jnp.isfinite(given) & (given != 0))
+            moved = ~bad | moved
             return jnp.where(moved & jnp.isfinite(new), new.astype(old.dtype), old)
 
-        residual = jax.tree.map(rest, state.residual, owed, outgoing)
+        residual = jax.tree.map(rest, state.residual, owed, outgoing, moved)
         return outgoing, ResidualState(inner_state, residual)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _flags(owed: Tree, given: Tree, placement: Placement) -> tuple[jax.Array, Tree]:
+    """Whether anything owed is not finite, and which leaves were given something."""
+    layout = _layout.by_tree(owed, placement, caller=placement.caller)
+    flags = [
+        jnp.stack(
+            [
+                jnp.any(~jnp.isfinite(whole)),
+                jnp.any(jnp.isfinite(part) & (part != 0)),
+            ]
+        )
+        for whole, part in zip(*map(jax.tree.leaves, (owed, given)), strict=True)
+    ]
+    if not flags:
+        return jnp.zeros((), bool), given
+    cells, axes = layout.over_the_mesh(jnp.stack(flags).astype(jnp.float32))
+    found = _sharding.all_reduce(cells, axes, "max", functools.partial(jnp.max, axis=0))
+    structure = jax.tree.structure(owed)
+    return jnp.any(found[:, 0] > 0), structure.unflatten(list(found[:, 1] > 0))
 
 
 def _wide(dtype: Any) -> np.dtype:

@@ -322,19 +322,10 @@ SHARDED = {
     "agc": gn.adaptive_grad_clip(0.1),
     "watched rms": gn.watch(gn.clip_by_block_rms(0.5), window=2),
 }
-ACROSS = pytest.mark.xfail(
-    reason="cells that lie across an Explicit mesh cannot be laid end to end"
-)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *((name, "Auto") for name in SHARDED),
-        *((name, "Explicit") for name in SHARDED if name != "agc"),
-        pytest.param("agc", "Explicit", marks=ACROSS),
-    ],
-)
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_is_unsharded_and_the_state_stays_where_it_was(name, kind):
     tx = SHARDED[name]
     mesh, plain, put = sharded_params(kind)

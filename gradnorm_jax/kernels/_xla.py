@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from gradnorm_jax._sharding import is_on_one_device, replicated
+
 # On a CPU, XLA adds float16 numbers one at a time. Rows of this many, converted and
 # added to one another, are four times faster. Measured on 85 M entries.
 _CHUNK = 2**15
@@ -27,7 +29,7 @@ def fold_cells(
 ) -> jax.Array:
     """Reduces each leaf over the axes it does not keep, all laid end to end."""
     cells = [
-        reduce(x, tuple(k for k in range(x.ndim) if k not in axes)).reshape(-1)
+        _laid_out(reduce(x, tuple(k for k in range(x.ndim) if k not in axes)))
         for x, axes in zip(leaves, kept, strict=True)
     ]
     return jnp.concatenate(cells) if cells else jnp.zeros((0,), dtype)
@@ -68,18 +70,18 @@ def square_sums_again(
     sums, order = [], []
     for members in _alike(leaves, kept):
         cells = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
-        own = factors[cells]
+        own = _taken(factors, cells)
         stack = [leaves[i] for i in members]
         read = functools.partial(_stacked_sums, stack, kept[members[0]], own)
         if stack[0].size < _SMALL:
             sums.append(read())
         else:
             skip = functools.partial(jnp.asarray, own)  # as good as any number
-            sums.append(jax.lax.cond(jnp.any(wanted[cells]), read, skip))
+            sums.append(jax.lax.cond(jnp.any(_taken(wanted, cells)), read, skip))
         order.append(cells)
     if not sums:
         return jnp.zeros((0,), factors.dtype)
-    return jnp.concatenate(sums)[np.argsort(np.concatenate(order))]
+    return _taken(jnp.concatenate(sums), np.argsort(np.concatenate(order)))
 
 
 def scale(
@@ -105,7 +107,7 @@ def apart(fun: Callable[..., Any], live: jax.Array, *args: Any) -> Any:
     """
     arrays = jax.tree.leaves(args)
     traced = any(isinstance(x, Tracer) for x in arrays)
-    if not traced or not all(map(_is_on_one_device, arrays)):
+    if not traced or not all(map(is_on_one_device, arrays)):
         return fun(*args)
 
     def behind_a_branch(live: jax.Array, *args: Any) -> Any:
@@ -127,7 +129,7 @@ def _alike(
     """
     groups: dict[Hashable, list[int]] = {}
     for i, (x, axes) in enumerate(zip(leaves, kept, strict=True)):
-        alone = x.size >= _SMALL or not _is_on_one_device(x)
+        alone = x.size >= _SMALL or not is_on_one_device(x)
         key = i if alone else (x.shape, x.dtype, axes)
         groups.setdefault(key, []).append(i)
     return [
@@ -148,7 +150,11 @@ def _stacked_sums(
     factor = factors.reshape(len(leaves), *shape).astype(wide)
     summed = tuple(1 + k for k in range(leaves[0].ndim) if k not in axes)
     squares = _squares(stack.astype(wide) * factor, factors.dtype)
-    return jnp.sum(squares, summed).reshape(-1)
+    return _laid_out(jnp.sum(squares, summed))
+
+
+def _laid_out(cells: jax.Array) -> jax.Array:
+    return replicated(cells).reshape(-1)
 
 
 def _squares(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -175,12 +181,17 @@ def _adds_one_by_one(x: jax.Array, axes: tuple[int, ...]) -> bool:
         x.dtype == np.float16
         and len(axes) == x.ndim
         and x.size >= 8 * _CHUNK
-        and _is_on_one_device(x)
+        and is_on_one_device(x)
     )
 
 
-def _is_on_one_device(x: jax.Array | float) -> bool:
-    return jax.typeof(x).sharding.mesh.empty
+def _taken(x: jax.Array, positions: np.ndarray) -> jax.Array:
+    """Takes entries; neighbors by a slice, which brings no constant into a branch."""
+    start = positions[0] if positions.size else 0
+    stop = start + positions.size
+    if np.array_equal(positions, np.arange(start, stop)):
+        return x[start:stop]
+    return x[positions]
 
 
 def _num_cells(x: jax.Array, axes: tuple[int, ...]) -> int:

@@ -8,8 +8,6 @@ from gradnorm_jax.methods.fixed import (
     clip_by_group_norm,
     clip_by_leaf_norm,
     clip_by_unit_norm,
-    normalize_by_norm,
-    smooth_clip,
 )
 from gradnorm_jax.methods.levels import (
     adaclip,
@@ -19,6 +17,7 @@ from gradnorm_jax.methods.levels import (
     clip_by_ema_norm,
     clip_by_quantile,
 )
+from gradnorm_jax.methods.normalizations import normalize_by_norm, smooth_clip
 from gradnorm_jax.methods.outliers import (
     autoclip,
     clip_by_rolling_sigma,

@@ -6,17 +6,9 @@ import jax
 import optax
 
 from gradnorm_jax._checks import check_limit
-from gradnorm_jax._typing import Axis, Groups, PerLeaf, Scalar
+from gradnorm_jax._typing import AUTO, Axis, AxisNames, Groups, PerLeaf, Scalar, Tree
 from gradnorm_jax.clipping import clip_by_norm
-from gradnorm_jax.norms import (
-    Granularity,
-    per_group,
-    per_leaf,
-    per_unit,
-    rms,
-    whole_tree,
-)
-from gradnorm_jax.shrink import normalize, smooth
+from gradnorm_jax.norms import per_group, per_leaf, per_unit, rms
 from gradnorm_jax.thresholds.memoryless import as_threshold, each, relative_to_params
 from gradnorm_jax.thresholds.rule import Threshold
 
@@ -46,7 +38,12 @@ def clip(max_delta: Scalar) -> optax.GradientTransformation:
 
 
 def clip_by_global_norm(
-    max_norm: Limit, *, nonfinite: str = "propagate", eps: Scalar = 0.0
+    max_norm: Limit,
+    *,
+    nonfinite: str = "propagate",
+    eps: Scalar = 0.0,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales all updates together so that their global norm is at most a limit.
 
@@ -61,6 +58,8 @@ def clip_by_global_norm(
       nonfinite: What becomes of a gradient that holds a NaN or an infinity:
         "propagate", "zero" or "drop", as in :func:`clip_by_norm`.
       eps: Added to the norm; 1e-6 gives the scale of `torch.nn.utils.clip_grad_norm_`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`. `update` takes the extra argument
@@ -84,7 +83,13 @@ def clip_by_global_norm(
       <https://arxiv.org/abs/1211.5063>`_, 2013
     """
     rule = as_threshold(max_norm, "clip_by_global_norm(max_norm=...)")
-    return clip_by_norm(rule, nonfinite=nonfinite, eps=eps)
+    return clip_by_norm(
+        rule,
+        nonfinite=nonfinite,
+        eps=eps,
+        axis_names=axis_names,
+        specs=specs,
+    )
 
 
 def clip_by_leaf_norm(
@@ -93,6 +98,8 @@ def clip_by_leaf_norm(
     stacked_axes: PerLeaf | None = None,
     nonfinite: str = "propagate",
     eps: Scalar = 0.0,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf so that its norm is at most a limit.
 
@@ -107,6 +114,8 @@ def clip_by_leaf_norm(
         `{pattern: axis}`; each layer is then clipped on its own.
       nonfinite: As in :func:`clip_by_norm`.
       eps: Added to the norm.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -126,6 +135,8 @@ def clip_by_leaf_norm(
         granularity=per_leaf(stacked_axes=stacked_axes),
         nonfinite=nonfinite,
         eps=eps,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -135,6 +146,8 @@ def clip_by_group_norm(
     scaled: Groups | None = None,
     nonfinite: str = "propagate",
     eps: Scalar = 0.0,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each group of leaves so that its norm is at most the group's limit.
 
@@ -148,6 +161,8 @@ def clip_by_group_norm(
         taken over: `{pattern: one of the patterns of max_norms}`.
       nonfinite: As in :func:`clip_by_norm`.
       eps: Added to the norm.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`, its norms in the order of `max_norms`.
@@ -174,6 +189,8 @@ def clip_by_group_norm(
         granularity=per_group({p: p for p in max_norms}, scaled=scaled),
         nonfinite=nonfinite,
         eps=eps,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -183,6 +200,8 @@ def clip_by_unit_norm(
     axes: PerLeaf | None = None,
     nonfinite: str = "propagate",
     eps: Scalar = 0.0,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each unit, the weights into one output, to a norm of at most a limit.
 
@@ -192,6 +211,8 @@ def clip_by_unit_norm(
         default those of kernels in the layout of Flax, as in `unit_norms`.
       nonfinite: As in :func:`clip_by_norm`.
       eps: Added to the norm.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -211,6 +232,8 @@ def clip_by_unit_norm(
         granularity=per_unit(axes=axes),
         nonfinite=nonfinite,
         eps=eps,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -219,6 +242,8 @@ def clip_by_block_rms(
     *,
     stacked_axes: PerLeaf | None = None,
     nonfinite: str = "propagate",
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each leaf so that the root of its mean square is at most a limit.
 
@@ -231,6 +256,8 @@ def clip_by_block_rms(
       threshold: The limit (:math:`d`): a number, a function of the step, or a rule.
       stacked_axes: The axis along which leaves stack layers; each then has its own RMS.
       nonfinite: As in :func:`clip_by_norm`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -252,6 +279,8 @@ def clip_by_block_rms(
         granularity=per_leaf(stacked_axes=stacked_axes),
         norm=rms,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -261,6 +290,8 @@ def adaptive_grad_clip(
     axis: Axis | Mapping[str, Axis] | None = None,
     *,
     nonfinite: str = "propagate",
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each unit to a norm in proportion to that of its weights (AGC).
 
@@ -278,6 +309,8 @@ def adaptive_grad_clip(
       axis: The axes that one unit spans, for every leaf or as `{pattern: axes}`; by
         default those of kernels in the layout of Flax, as in `unit_norms`.
       nonfinite: As in :func:`clip_by_norm`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -301,89 +334,6 @@ def adaptive_grad_clip(
         relative_to_params(clipping, floor=eps),
         granularity=per_unit(axes=axis),
         nonfinite=nonfinite,
-    )
-
-
-def smooth_clip(
-    max_norm: Limit,
-    *,
-    granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
-    nonfinite: str = "propagate",
-) -> optax.GradientTransformationExtraArgs:
-    r"""Scales all updates so that their norm stays below a limit, without a kink.
-
-    .. math:: g \leftarrow \frac{g}{1 + \lVert g \rVert / c}
-
-    The step of (L0, L1)-smooth descent: small gradients keep their size, large ones
-    have the norm :math:`c`, and a norm of :math:`c` is halved. It scales every norm,
-    and the record counts every step as clipped.
-
-    Args:
-      max_norm: The limit (:math:`c`): a number, a function of the step, or a rule.
-      granularity: What has one norm.
-      nonfinite: As in :func:`clip_by_norm`.
-
-    Returns:
-      A transformation with a :class:`ClipState`.
-
-    Raises:
-      ValueError: If `max_norm` is a negative number.
-
-    Example:
-      >>> clip = smooth_clip(5.0)
-      >>> print(clip.update(jnp.array([3.0, 4.0]), clip.init(jnp.zeros(2)))[0])
-      [1.5 2. ]
-
-    References:
-      Zhang et al., `Why Gradient Clipping Accelerates Training: A Theoretical
-      Justification for Adaptivity <https://arxiv.org/abs/1905.11881>`_, 2020;
-      Zhang et al., `Improved Analysis of Clipping Algorithms for Non-convex
-      Optimization <https://arxiv.org/abs/2010.02519>`_, 2020, whose code uses this form
-    """
-    return clip_by_norm(
-        as_threshold(max_norm, "smooth_clip(max_norm=...)"),
-        granularity=granularity,
-        shrink=smooth,
-        nonfinite=nonfinite,
-    )
-
-
-def normalize_by_norm(
-    norm: Limit = 1.0,
-    *,
-    granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
-    nonfinite: str = "propagate",
-) -> optax.GradientTransformationExtraArgs:
-    r"""Scales all updates to a norm: normalized gradient descent.
-
-    .. math:: g \leftarrow c \, \frac{g}{\lVert g \rVert}
-
-    A gradient of 0 stays 0. With `per_leaf()` it is block-normalized descent, with
-    `per_unit()` each output of a kernel has the norm.
-
-    Args:
-      norm: What norms become (:math:`c`): a number, a function of the step, or a rule.
-      granularity: What has one norm.
-      nonfinite: As in :func:`clip_by_norm`.
-
-    Returns:
-      A transformation with a :class:`ClipState`.
-
-    Raises:
-      ValueError: If `norm` is a negative number.
-
-    Example:
-      >>> tx = normalize_by_norm()
-      >>> print(tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0])
-      [0.6 0.8]
-
-    References:
-      Hazan et al., `Beyond Convexity: Stochastic Quasi-Convex Optimization
-      <https://arxiv.org/abs/1507.02030>`_, 2015
-    """
-    return clip_by_norm(
-        as_threshold(norm, "normalize_by_norm(norm=...)"),
-        granularity=granularity,
-        shrink=normalize,
-        nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )

@@ -2,7 +2,7 @@
 
 import optax
 
-from gradnorm_jax._typing import Groups, PerLeaf, Scalar
+from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Scalar, Tree
 from gradnorm_jax.clipping import clip_by_norm
 from gradnorm_jax.norms import (
     Granularity,
@@ -35,6 +35,8 @@ def adagc(
     stacked_axes: PerLeaf | None = None,
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each leaf in proportion to the running mean of its clipped norms (AdaGC).
 
@@ -60,6 +62,8 @@ def adagc(
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.ema_relative`. Without it a
         lasting rise of the norms is followed at 0.1 % a step.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -89,6 +93,8 @@ def adagc(
         ),
         granularity=per_leaf(stacked_axes=stacked_axes),
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -99,6 +105,8 @@ def clip_by_ema_norm(
     stacked_axes: PerLeaf | None = None,
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each leaf to a multiple of the running mean of its clipped norms.
 
@@ -116,6 +124,8 @@ def clip_by_ema_norm(
         mean.
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.ema_relative`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -138,6 +148,8 @@ def clip_by_ema_norm(
         ema_relative(ratio, decay=decay, rearm_after=rearm_after),
         granularity=per_leaf(stacked_axes=stacked_axes),
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -150,6 +162,8 @@ def aggc(
     feed: str = "raw",
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brings the norm of each group into a band around its running mean (AGGC).
 
@@ -174,6 +188,8 @@ def aggc(
       feed: Whether the mean is that of the "raw" norms or of the "clipped" ones.
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.ema_band`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -198,6 +214,8 @@ def aggc(
         granularity=per_group(groups),
         shrink=band,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -207,6 +225,8 @@ def adagn(
     decay_square: Scalar = 0.9,
     stacked_axes: PerLeaf | None = None,
     nonfinite: str = "propagate",
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Normalizes each leaf, to the ratio of two moments of its norm (AdaGN).
 
@@ -224,6 +244,8 @@ def adagn(
       stacked_axes: The axis along which leaves stack layers; each layer is then
         normalized.
       nonfinite: As in :func:`clip_by_norm`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -245,6 +267,8 @@ def adagn(
         granularity=per_leaf(stacked_axes=stacked_axes),
         shrink=normalize,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -254,6 +278,8 @@ def adaclip(
     stacked_axes: PerLeaf | None = None,
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the entries above the running mean of a leaf's largest entry (AdaClip).
 
@@ -273,6 +299,8 @@ def adaclip(
         mean.
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.max_ema`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -298,6 +326,8 @@ def adaclip(
         norm=linf,
         shrink=spikes,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -309,6 +339,8 @@ def clip_by_quantile(
     granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips to a limit that moves until a share of the steps passes (Andrew et al.).
 
@@ -324,6 +356,8 @@ def clip_by_quantile(
       granularity: What has one norm.
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.quantile`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -344,4 +378,6 @@ def clip_by_quantile(
         quantile(q, rate=rate, start=start, rearm_after=rearm_after),
         granularity=granularity,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )

@@ -4,7 +4,7 @@ import math
 
 import optax
 
-from gradnorm_jax._typing import Scalar
+from gradnorm_jax._typing import AUTO, AxisNames, Scalar, Tree
 from gradnorm_jax.clipping import clip_by_norm
 from gradnorm_jax.norms import (
     Granularity,
@@ -36,6 +36,8 @@ def autoclip(
     granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips to a percentile of the norms seen so far (AutoClip).
 
@@ -52,6 +54,8 @@ def autoclip(
       granularity: What has one norm; the whole tree in the paper.
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.percentile`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -75,6 +79,8 @@ def autoclip(
         percentile(q, window=window, rearm_after=rearm_after),
         granularity=granularity,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -88,6 +94,8 @@ def zclip(
     granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips norms that are outliers among those seen so far (ZClip).
 
@@ -110,6 +118,8 @@ def zclip(
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.z_score`. Without it a lasting
         rise of the norms is clipped for good.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -140,6 +150,8 @@ def zclip(
         granularity=granularity,
         shrink=_shrink(mode),
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -151,6 +163,8 @@ def clip_by_rolling_sigma(
     granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips to some standard deviations above the mean of the last norms.
 
@@ -168,6 +182,8 @@ def clip_by_rolling_sigma(
       granularity: What has one norm.
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.rolling_sigma`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -191,6 +207,8 @@ def clip_by_rolling_sigma(
         rolling_sigma(k, window=window, feed=feed, rearm_after=rearm_after),
         granularity=granularity,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 
@@ -201,6 +219,8 @@ def clip_by_second_moment(
     warmup_steps: int = 20,
     nonfinite: str = "propagate",
     rearm_after: int | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each entry by the running mean of its square, the clip of SPAM.
 
@@ -219,6 +239,8 @@ def clip_by_second_moment(
       warmup_steps: How many gradients of an entry are taken in before it is clipped.
       nonfinite: As in :func:`clip_by_norm`.
       rearm_after: As in :func:`gradnorm_jax.thresholds.second_moment`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
       A transformation with a :class:`ClipState`.
@@ -245,6 +267,8 @@ def clip_by_second_moment(
         granularity=per_unit(axes=()),
         norm=linf,
         nonfinite=nonfinite,
+        axis_names=axis_names,
+        specs=specs,
     )
 
 

@@ -89,7 +89,9 @@ class Monitor:
         )
         self._archive = None
         if jax.process_index() == 0:
-            parts = telemetry.layout(params, groups, stacked_axes, "Monitor(params)")
+            parts = telemetry.layout(
+                params, groups, stacked_axes, caller="Monitor(params)"
+            )
             sizes = dict(zip(parts.part_names, parts.sizes.tolist(), strict=True))
             self._archive = Archive(Path(log), self._columns, sizes, resume=resume)
         self._calls = 0

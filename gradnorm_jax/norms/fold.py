@@ -39,6 +39,8 @@ class Norm(NamedTuple):
       slope: `(x, norm, size) -> d norm / d x` for one entry of a part with `size`
         entries and a norm above 0, the same for (c x, c norm) as for (x, norm); `None`
         where plain differentiation is right.
+      across: "sum" or "max" (of numbers >= 0) where `combine` is one, so that devices
+        can do it on the way; "gather" where all partials must come together first.
     """
 
     ord: Ord
@@ -46,6 +48,7 @@ class Norm(NamedTuple):
     combine: Callable[[jax.Array], jax.Array]
     finish: Callable[[jax.Array], jax.Array]
     slope: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    across: str = "gather"
 
 
 def accumulator(leaves: Leaves) -> jnp.dtype:
@@ -112,7 +115,7 @@ class _Powers(NamedTuple):
 
     def combine(self, partials: jax.Array) -> jax.Array:
         largest = jnp.max(partials[..., 0], axis=0, initial=0)
-        ratio = _ratio(partials[..., 0], _divisor(largest))
+        ratio = _ratio(partials[..., 0], _divisor(largest)[None])
         sums = jnp.sum(partials[..., 1] * ratio**self.p, axis=0)
         return jnp.stack([largest, sums], axis=-1)
 
@@ -317,6 +320,7 @@ l1 = Norm(
     _sum_partials,
     lambda partials: partials[..., 0],
     lambda x, norm, size: jnp.sign(x),
+    "sum",
 )
 #: The Euclidean norm of a vector, the Frobenius norm of a matrix.
 l2 = Norm(
@@ -325,6 +329,7 @@ l2 = Norm(
     _sum_partials,
     _root_at_the_right_scale,
     lambda x, norm, size: x / norm,
+    "sum",
 )
 #: The largest absolute value.
 linf = Norm(
@@ -332,6 +337,7 @@ linf = Norm(
     _largest,
     lambda partials: jnp.max(partials, axis=0, initial=0),
     lambda partials: partials[..., 0],
+    across="max",
 )
 #: The root of the mean square: `l2` over the root of the number of entries.
 rms = Norm(
@@ -340,4 +346,5 @@ rms = Norm(
     _sum_partials,
     _root_of_the_mean,
     lambda x, norm, size: x / norm / size,
+    "sum",
 )

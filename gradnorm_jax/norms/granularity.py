@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gradnorm_jax import _layout
 from gradnorm_jax._layout import Layout
-from gradnorm_jax._typing import Groups, PerLeaf, Tree
-from gradnorm_jax.norms.fold import Norm, l2, step_down
+from gradnorm_jax._sharding import Placement
+from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Tree
+from gradnorm_jax.norms.fold import Norm, l2
+from gradnorm_jax.norms.measurement import measure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -20,36 +21,63 @@ class Granularity:
 
     Attributes:
       name: How it was asked for.
-      layout: `tree -> Layout`: how the leaves of a tree divide into parts.
+      layout: `(tree, placement) -> Layout`: how the leaves of a tree divide into parts.
     """
 
     name: str
-    layout: Callable[[Tree], Layout]
+    layout: Callable[..., Layout]
 
     def __repr__(self) -> str:
         return self.name
 
-    def measure(self, tree: Tree, norm: Norm = l2) -> jax.Array:
+    def measure(
+        self,
+        tree: Tree,
+        norm: Norm = l2,
+        *,
+        axis_names: AxisNames = AUTO,
+        specs: Tree | None = None,
+    ) -> jax.Array:
         """Returns the norm of each part: shape `()` for one part, else `(parts,)`.
+
+        Args:
+          tree: A pytree of floating or complex arrays.
+          norm: Which norm.
+          axis_names: Which mesh axes to reduce over, as in :func:`global_norm`.
+          specs: How each leaf is split, as in :func:`global_norm`.
 
         Example:
           >>> print(per_leaf().measure({"b": jnp.array([3.0, 4.0]), "w": jnp.ones(4)}))
           [5. 2.]
         """
-        return measure(self.layout(tree), jax.tree.leaves(tree), norm)[0]
+        layout = self.layout(tree, Placement(axis_names, specs))
+        return measure(layout, jax.tree.leaves(tree), norm).norms
 
-    def broadcast(self, parts: jax.Array, tree: Tree) -> Tree:
+    def broadcast(
+        self,
+        parts: jax.Array,
+        tree: Tree,
+        *,
+        axis_names: AxisNames = AUTO,
+        specs: Tree | None = None,
+    ) -> Tree:
         """Returns what each part has as a tree that broadcasts against `tree`.
 
         `measure(broadcast(s) * g) == s * measure(g)` for any s >= 0; leaves that belong
         to no part get 1.
+
+        Args:
+          parts: An array as `measure` returns it.
+          tree: The tree it was measured of.
+          axis_names: What `measure` was given.
+          specs: What `measure` was given.
 
         Example:
           >>> tree = {"b": jnp.zeros(2), "w": jnp.zeros(4)}
           >>> per_leaf().broadcast(jnp.array([0.5, 1.0]), tree)["b"]
           Array(0.5, dtype=float32)
         """
-        layout = self.layout(tree)
+        layout = self.layout(tree, Placement(axis_names, specs))
         one = jnp.ones((), parts.dtype)
         spread = [
             layout.spread(parts, i) if layout.scales(i) else one
@@ -66,7 +94,7 @@ class Granularity:
           ... )
           ('head', 'layers/w[0]', 'layers/w[1]')
         """
-        return self.layout(tree).part_names
+        return self.layout(tree, measured=False).part_names
 
 
 def whole_tree() -> Granularity:
@@ -135,62 +163,3 @@ def per_example() -> Granularity:
         "per_example()",
         functools.partial(_layout.by_example, caller="per_example(tree)"),
     )
-
-
-def measure(
-    layout: Layout, leaves: Sequence[jax.Array], norm: Norm
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the norm of each part, and which cells have a norm that is finite."""
-    leaves = tuple(jnp.asarray(leaves[i]) for i in layout.members)
-    if norm.slope is None:
-        return _compiled(norm, layout, leaves)
-    return _measure(norm, layout, leaves)
-
-
-def first_nonfinite_leaf(layout: Layout, sound: jax.Array) -> jax.Array:
-    """Returns the position of the first leaf with a cell that is not sound, or -1."""
-    if not sound.size:
-        return jnp.full((), -1, jnp.int32)
-    ends = jnp.asarray(layout.offsets[1:])
-    member = jnp.searchsorted(ends, jnp.argmin(sound), side="right")
-    return jnp.where(jnp.all(sound), -1, jnp.asarray(layout.members)[member])
-
-
-def _evaluate(
-    norm: Norm, layout: Layout, leaves: tuple[jax.Array, ...]
-) -> tuple[jax.Array, jax.Array]:
-    cells = norm.partial(leaves, [layout.kept[i] for i in layout.members])
-    norms = norm.finish(layout.gather(cells, norm.combine))
-    return norms, jnp.isfinite(norm.finish(cells))
-
-
-# Compiled once for each norm and layout, so that a call outside of `jit` is cheap too.
-_compiled = jax.jit(_evaluate, static_argnums=(0, 1), inline=True)
-_measure = jax.custom_jvp(_compiled, nondiff_argnums=(0, 1))
-
-
-@_measure.defjvp
-def _measure_jvp(norm: Norm, layout: Layout, primals: tuple, tangents: tuple) -> tuple:
-    assert norm.slope is not None
-    # d norm = sum over a part's entries of slope(x) dx. Where the norm is 0 so is
-    # every x, and the slope is taken at norm 1, where it is 0 for every order. A slope
-    # does not depend on the scale: norms with a subnormal reciprocal are stepped down.
-    (leaves,), (leaf_tangents,) = primals, tangents
-    norms, sound = _measure(norm, layout, leaves)
-    steady = jnp.where(norms == 0, 1, norms)
-    factors = step_down(steady)
-    sizes = jnp.broadcast_to(jnp.asarray(layout.sizes, norms.dtype), norms.shape)
-    cells = []
-    for i, x, dx in zip(layout.members, leaves, leaf_tangents, strict=True):
-        wide = np.promote_types(x.dtype, norms.dtype)
-        own_norm, factor, size = (
-            layout.spread(value, i, measured=True).astype(wide)
-            for value in (steady * factors, factors, sizes)
-        )
-        slope = norm.slope(x.astype(wide) * factor, own_norm, size)
-        summed = tuple(k for k in range(x.ndim) if k not in layout.kept[i])
-        product = jnp.real(jnp.conj(slope) * dx.astype(wide))
-        cells.append(jnp.sum(product, summed).reshape(-1).astype(norms.dtype))
-    folded = jnp.concatenate(cells) if cells else jnp.zeros((0,), norms.dtype)
-    tangent = layout.gather(folded, lambda x: jnp.sum(x, axis=0))
-    return (norms, sound), (tangent, np.zeros(sound.shape, jax.dtypes.float0))

@@ -7,12 +7,19 @@ import jax.numpy as jnp
 
 from gradnorm_jax import _layout
 from gradnorm_jax._layout import Layout
-from gradnorm_jax._typing import Axis, Groups, Ord, PerLeaf, Tree
+from gradnorm_jax._sharding import Placement
+from gradnorm_jax._typing import AUTO, Axis, AxisNames, Groups, Ord, PerLeaf, Tree
 from gradnorm_jax.norms.fold import from_ord
 from gradnorm_jax.norms.granularity import measure
 
 
-def global_norm(tree: Tree, *, ord: Ord = 2) -> jax.Array:
+def global_norm(
+    tree: Tree,
+    *,
+    ord: Ord = 2,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
+) -> jax.Array:
     r"""Returns the norm of all leaves of a tree together.
 
     .. math:: \Big( \sum_{\text{leaves}} \sum_i |x_i|^p \Big)^{1/p}
@@ -24,6 +31,13 @@ def global_norm(tree: Tree, *, ord: Ord = 2) -> jax.Array:
         value.
       ord: The order p: a number >= 1, `jnp.inf` for the largest absolute value, or
         "rms" for the root of the mean square.
+      axis_names: The mesh axes to reduce over inside `shard_map`: by default those over
+        which the type of a leaf says that it varies. An axis that is left out holds
+        independent models, each with a norm of its own; `()` is for leaves that are
+        the same on every device. An axis of `jax.vmap` is reduced over if it is named.
+      specs: The PartitionSpec of each leaf inside `shard_map`, or a prefix of that
+        tree, where types do not tell: with `check_vma=False`, and where parts lie
+        across the shards of a leaf, as units do.
 
     Returns:
       A float32 scalar (float64 where a leaf is). 0 for a tree without entries.
@@ -35,12 +49,13 @@ def global_norm(tree: Tree, *, ord: Ord = 2) -> jax.Array:
       - A NaN in the tree gives NaN, an infinity gives infinity.
       - Differentiable; the gradient of the norm at 0 is 0.
       - `None` and `optax.MaskedNode` in place of a leaf pass by.
-      - Under `jit` the norm of a sharded tree is that of the whole tree; inside
-        `shard_map` it is that of the shards of one device.
+      - The norm of a sharded tree is that of the whole tree, under `jit` and inside
+        `shard_map`, with one collective, and the same on every device.
 
     Raises:
       TypeError: If a leaf is of an integer or boolean dtype.
       ValueError: If `ord` is not an order.
+      DistributedNormError: If it cannot be known how a leaf is split over a mesh.
 
     Example:
       >>> grads = {"w": jnp.array([[3.0, 0.0]]), "b": jnp.array([4.0])}
@@ -49,12 +64,18 @@ def global_norm(tree: Tree, *, ord: Ord = 2) -> jax.Array:
       >>> print(global_norm(jnp.full(9, 100, jnp.float16)))
       300.0
     """
-    layout = _layout.by_tree(tree, "global_norm(tree)")
+    placement = Placement(axis_names, specs)
+    layout = _layout.by_tree(tree, placement, caller="global_norm(tree)")
     return _norms(layout, tree, ord, "global_norm")
 
 
 def leaf_norms(
-    tree: Tree, *, ord: Ord = 2, stacked_axes: PerLeaf | None = None
+    tree: Tree,
+    *,
+    ord: Ord = 2,
+    stacked_axes: PerLeaf | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> Tree:
     """Returns the norm of each leaf.
 
@@ -63,14 +84,18 @@ def leaf_norms(
       ord: The order, as in :func:`global_norm`.
       stacked_axes: The axis along which leaves stack layers, for every leaf or as
         `{pattern: axis}`; such a leaf has one norm for each layer.
+      axis_names: Which mesh axes to reduce over, as in :func:`global_norm`.
+      specs: How each leaf is split, as in :func:`global_norm`.
 
     Returns:
       A tree of the same structure: a scalar for each leaf, `[layers]` for a stacked
-      one. What :func:`global_norm` guarantees holds of each.
+      one, for the layers of its shard. What :func:`global_norm` guarantees holds of
+      each.
 
     Raises:
       TypeError: If a leaf is of an integer or boolean dtype.
       ValueError: If `ord` is not an order, or a pattern matches no leaf.
+      DistributedNormError: If it cannot be known how a leaf is split over a mesh.
 
     Example:
       >>> norms = leaf_norms({"layers": jnp.ones((2, 9)), "head": jnp.ones(4)})
@@ -79,20 +104,28 @@ def leaf_norms(
       >>> print(leaf_norms({"layers": jnp.ones((2, 9))}, stacked_axes=0)["layers"])
       [3. 3.]
     """
-    layout = _layout.by_leaf(tree, stacked_axes, "leaf_norms(tree)")
-    cells = layout.split(_norms(layout, tree, ord, "leaf_norms"))
-    inner = [
-        [shape[k] for k in kept]
-        for shape, kept in zip(layout.shapes, layout.kept, strict=True)
-    ]
+    placement = Placement(axis_names, specs)
+    layout = _layout.by_leaf(
+        tree, placement, stacked_axes=stacked_axes, caller="leaf_norms(tree)"
+    )
+    norms = _norms(layout, tree, ord, "leaf_norms")
+    blocks = [layout.block(norms, i) for i in layout.members]
     return jax.tree.unflatten(
         jax.tree.structure(tree),
-        [x.reshape(shape) for x, shape in zip(cells, inner, strict=True)],
+        [
+            x.reshape([x.shape[k] for k in kept])
+            for x, kept in zip(blocks, layout.kept, strict=True)
+        ],
     )
 
 
 def group_norms(
-    tree: Tree, groups: Groups, *, ord: Ord = 2
+    tree: Tree,
+    groups: Groups,
+    *,
+    ord: Ord = 2,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
 ) -> dict[Hashable, jax.Array]:
     """Returns the norm of each group of leaves.
 
@@ -102,6 +135,8 @@ def group_norms(
         matches the leaf's whole path counts; a function of the path; or a tree of
         labels. A leaf with no label (`None`) is left out.
       ord: The order, as in :func:`global_norm`.
+      axis_names: Which mesh axes to reduce over, as in :func:`global_norm`.
+      specs: How each leaf is split, as in :func:`global_norm`.
 
     Returns:
       A dictionary with the norm of each label, in the order of the patterns or, where
@@ -117,12 +152,22 @@ def group_norms(
       >>> print({label: float(norm) for label, norm in norms.items()})
       {'encoder': 4.0, 'rest': 1.0}
     """
-    layout = _layout.by_group(tree, groups, None, "group_norms(tree)")
+    placement = Placement(axis_names, specs)
+    layout = _layout.by_group(
+        tree, placement, groups=groups, caller="group_norms(tree)"
+    )
     norms = _norms(layout, tree, ord, "group_norms")
     return dict(zip(layout.labels, norms, strict=True))
 
 
-def unit_norms(tree: Tree, *, axes: PerLeaf | None = None, ord: Ord = 2) -> Tree:
+def unit_norms(
+    tree: Tree,
+    *,
+    axes: PerLeaf | None = None,
+    ord: Ord = 2,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
+) -> Tree:
     """Returns the norm of each unit of each leaf: of the weights into one output.
 
     Args:
@@ -131,26 +176,38 @@ def unit_norms(tree: Tree, *, axes: PerLeaf | None = None, ord: Ord = 2) -> Tree
         default those of AGC for kernels in the layout of Flax: axis 0 of 2 or 3
         dimensions, all but the last of 4 or 5, all of a scalar or vector.
       ord: The order, as in :func:`global_norm`.
+      axis_names: Which mesh axes to reduce over, as in :func:`global_norm`.
+      specs: How each leaf is split, as in :func:`global_norm`.
 
     Returns:
       A tree of the same structure. Each leaf keeps its rank, with size 1 along the
-      axes of a unit, so that it broadcasts against the leaf it was taken of.
+      axes of a unit, so that it broadcasts against the leaf, or the shard of it, that
+      it was taken of.
 
     Raises:
       TypeError: If a leaf is of an integer or boolean dtype.
       ValueError: If `ord` is not an order, a pattern matches no leaf, or a leaf has
         more than 5 dimensions and no `axes`.
+      DistributedNormError: If it cannot be known how a leaf is split over a mesh.
 
     Example:
       >>> print(unit_norms(jnp.array([[3.0, 0.0], [4.0, 2.0]])))
       [[5. 2.]]
     """
-    layout = _layout.by_unit(tree, axes, "unit_norms(tree)")
-    cells = layout.split(_norms(layout, tree, ord, "unit_norms"))
-    return jax.tree.unflatten(jax.tree.structure(tree), cells)
+    placement = Placement(axis_names, specs)
+    layout = _layout.by_unit(tree, placement, axes=axes, caller="unit_norms(tree)")
+    norms = _norms(layout, tree, ord, "unit_norms")
+    blocks = [layout.block(norms, i) for i in layout.members]
+    return jax.tree.unflatten(jax.tree.structure(tree), blocks)
 
 
-def unitwise_norm(x: jax.Array, axis: Axis | None = None) -> jax.Array:
+def unitwise_norm(
+    x: jax.Array,
+    axis: Axis | None = None,
+    *,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
+) -> jax.Array:
     """Returns the L2 norm of each unit of an array in the place of all its entries.
 
     The same call as `optax.transforms.unitwise_norm`, and right at any magnitude and in
@@ -159,6 +216,8 @@ def unitwise_norm(x: jax.Array, axis: Axis | None = None) -> jax.Array:
     Args:
       x: A floating or complex array.
       axis: The axes that one unit spans; by default as in :func:`unit_norms`.
+      axis_names: Which mesh axes to reduce over, as in :func:`global_norm`.
+      specs: How each leaf is split, as in :func:`global_norm`.
 
     Returns:
       An array of the shape of `x`, float32 or wider.
@@ -168,11 +227,12 @@ def unitwise_norm(x: jax.Array, axis: Axis | None = None) -> jax.Array:
       [[5. 2.]
        [5. 2.]]
     """
-    return jnp.broadcast_to(unit_norms(x, axes=axis), jnp.shape(x))
+    norms = unit_norms(x, axes=axis, axis_names=axis_names, specs=specs)
+    return jnp.broadcast_to(norms, jnp.shape(x))
 
 
 def _norms(layout: Layout, tree: Tree, order: Ord, caller: str) -> jax.Array:
-    return measure(layout, jax.tree.leaves(tree), from_ord(order, caller))[0]
+    return measure(layout, jax.tree.leaves(tree), from_ord(order, caller)).norms
 
 
 __all__ = ["global_norm", "group_norms", "leaf_norms", "unit_norms", "unitwise_norm"]

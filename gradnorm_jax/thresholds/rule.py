@@ -99,21 +99,14 @@ def keep(old: Any, new: Any, parts: jax.Array) -> Any:
     return jax.tree.map(kept, old, new, is_leaf=lambda x: isinstance(x, special))
 
 
-def param_norms(
-    rule: Threshold,
-    params: Any,
-    measure: Callable[[Any], jax.Array],
-    caller: str,
-) -> jax.Array | None:
-    """Returns the norms of the parameters, if a rule asks for them."""
-    if not rule.needs_params:
-        return None
+def needed(params: Any, caller: str) -> Any:
+    """Returns the parameters for a rule that asks for their norms."""
     if params is None:
         raise ValueError(
             f"`{caller}.update(params=...)` must be given: the rule is relative to the"
             " norms of the parameters. Call `tx.update(grads, state, params)`."
         )
-    return measure(params)
+    return params
 
 
 def at(value: Value, context: Context) -> Scalar:

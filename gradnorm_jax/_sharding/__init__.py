@@ -1,0 +1,39 @@
+"""How a tree lies on a mesh, and what follows from it."""
+
+from gradnorm_jax._sharding.collective import (
+    Axes,
+    all_reduce,
+    in_place,
+    own_block,
+    ways,
+)
+from gradnorm_jax._sharding.reading import (
+    DistributedNormError,
+    Placement,
+    Split,
+    aligned,
+    check_averaged,
+    check_cut_is_known,
+    is_on_one_device,
+    placed,
+    replicated,
+    splits,
+)
+
+__all__ = [
+    "Axes",
+    "DistributedNormError",
+    "Placement",
+    "Split",
+    "aligned",
+    "all_reduce",
+    "check_averaged",
+    "check_cut_is_known",
+    "in_place",
+    "is_on_one_device",
+    "own_block",
+    "placed",
+    "replicated",
+    "splits",
+    "ways",
+]

@@ -1,0 +1,350 @@
+"""What JAX's types say of how a tree lies on a mesh, and what they leave open.
+
+Under `jit`, eagerly and under `vmap` an array is the whole array, and its norm needs no
+help. Inside `shard_map` it is the shard of one device, and its type names the mesh axes
+along which the shards differ. This is the one place that reads these types.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from gradnorm_jax import _trees
+from gradnorm_jax._sharding.collective import Axes, ways
+from gradnorm_jax._typing import AUTO, Auto, AxisNames, Tree
+
+
+class DistributedNormError(ValueError):
+    """A norm that would be wrong, because it cannot be known how a leaf is sharded."""
+
+
+class Placement(NamedTuple):
+    """What a user says of how a tree lies on the mesh.
+
+    Attributes:
+      axis_names: The mesh axes to reduce over; `AUTO` for those that the types name.
+      specs: A prefix of the tree, of PartitionSpecs; `None` where it is not said.
+      caller: What errors call the one who asks.
+    """
+
+    axis_names: AxisNames = AUTO
+    specs: Tree | None = None
+    caller: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How one leaf is split over the mesh.
+
+    Attributes:
+      axes: The mesh axes over which to reduce what each device has of it.
+      dims: For each dimension, those of `axes` along which it is cut; `None` where that
+        is not known.
+      ways: Into how many shards it is split.
+    """
+
+    axes: Axes
+    dims: tuple[Axes, ...] | None
+    ways: int
+
+    def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the whole leaf, of which a shard has `shape`."""
+        dims = self.dims or ((),) * len(shape)
+        return tuple(n * ways(axes) for n, axes in zip(shape, dims, strict=True))
+
+    def without_the_first_dimension(self) -> "Split":
+        """How an entry of the first dimension is split, as far as it is known."""
+        if not self.dims:
+            return self
+        axes = tuple(a for a in self.axes if a not in self.dims[0])
+        return _split(axes, ((), *self.dims[1:]))
+
+
+def splits(
+    tree: Tree,
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    placement: Placement,
+    caller: str,
+    *,
+    measured: bool = True,
+) -> tuple[Split, ...]:
+    """Decides over which mesh axes each leaf is split; `()` where all are whole.
+
+    With `measured=False` no norm is about to be taken, and nothing is refused.
+    """
+    caller = placement.caller or caller
+    wanted = _wanted(placement.axis_names, caller)
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = tuple(mesh.manual_axes)
+    mapped = ()
+    if measured:
+        for name, x in zip(names, leaves, strict=True):
+            _check_reduced(x, name, caller)
+        mapped = _mapped(wanted, manual, caller)
+    if not manual:
+        return tuple(_split(mapped, ((),) * x.ndim) for x in leaves) if mapped else ()
+
+    dims: list = [None] * len(leaves)
+    if placement.specs is not None:
+        specs = _each_spec(placement.specs, tree, caller)
+        dims = [
+            _cut(spec, x, manual, name, caller)
+            for spec, x, name in zip(specs, leaves, names, strict=True)
+        ]
+    if untracked := _untracked(manual):
+        if placement.specs is not None:
+            axes = [_ordered(manual, *own) for own in dims]
+        elif wanted is not AUTO:
+            axes = [_ordered(manual, wanted)] * len(leaves)
+        elif measured and leaves:
+            raise DistributedNormError(_untracked_message(untracked, names, caller))
+        else:
+            axes = [()] * len(leaves)
+    else:
+        if mapped:
+            raise DistributedNormError(
+                f"`{caller}`: axis_names={wanted} names {mapped} of `jax.vmap`, which"
+                " JAX cannot reduce over inside of `jax.shard_map`, unless that has"
+                " `check_vma=False`. Map outside of it, or leave the axis out."
+            )
+        axes = [_ordered(manual, varying(x)) for x in leaves]
+        for name, own, cut in zip(names, axes, dims, strict=True):
+            if cut is not None:
+                _check_agrees(name, own, _ordered(manual, *cut), caller)
+
+    def limited(axes: Axes) -> Axes:
+        return axes if wanted is AUTO else tuple(a for a in axes if a in wanted)
+
+    found = []
+    for x, own, cut in zip(leaves, axes, dims, strict=True):
+        own = limited(own)
+        if cut is None and not own:
+            cut = ((),) * x.ndim
+        cut = None if cut is None else tuple(limited(a) for a in cut)
+        found.append(_split((*mapped, *own), cut))
+    return tuple(found) if any(split.axes for split in found) else ()
+
+
+def check_averaged(
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    split: Sequence[Split],
+    params: Tree | None,
+    caller: str,
+) -> None:
+    """Refuses gradients that differ where their parameters are replicated."""
+    if params is None or not split:
+        return
+    values = jax.tree.leaves(params)
+    types = dict(zip(_trees.leaf_names(params), map(varying, values), strict=True))
+    for name, x, own in zip(names, leaves, split, strict=True):
+        over = varying(x) & set(own.axes)
+        if extra := tuple(sorted(over - types.get(name, over))):
+            raise DistributedNormError(
+                f"`{caller}`: gradient {name!r} differs across mesh axes {extra}, but"
+                " its parameter is the same there. A gradient of a loss on one device"
+                " has to be averaged first: take the mean inside the loss that is"
+                f" differentiated, or `jax.lax.pmean(grads, {extra})`. Was it gathered,"
+                " then by `jax.lax.all_gather(..., to='invarying')`. To clip each"
+                " device's own gradient by its own norm, give `axis_names=()`."
+            )
+
+
+def check_cut_is_known(split: Split, name: str, caller: str) -> None:
+    """Refuses a leaf whose parts depend on which of its dimensions are split."""
+    if split.dims is None:
+        raise DistributedNormError(
+            f"`{caller}`: leaf {name!r} is split over mesh axes {split.axes}, but its"
+            " type does not say along which dimensions, on which the norms of its parts"
+            " depend. Give `specs=...`, the PartitionSpec of each leaf that `shard_map`"
+            " was given, or `axis_names=()` for norms of what one device holds."
+        )
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes along which an array may differ, as its type says."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def aligned(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the leaves with one type: varying wherever one of them varies.
+
+    JAX cannot batch a branch that some operands enter that vary and some that do not.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual:
+        return list(leaves)
+    union = _ordered(manual, *map(varying, leaves))
+    missing = [tuple(a for a in union if a not in varying(x)) for x in leaves]
+    return [
+        jax.lax.pcast(x, axes, to="varying") if axes else x
+        for x, axes in zip(leaves, missing, strict=True)
+    ]
+
+
+def is_on_one_device(x: Any) -> bool:
+    """Whether an array is on no mesh; known of a traced array too."""
+    return jax.typeof(x).sharding.mesh.empty
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Returns an array of which every device of an Explicit mesh has all."""
+    sharding = jax.typeof(x).sharding
+    if all(axes is None for axes in sharding.spec):
+        return x
+    return jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P()))
+
+
+def placed(state: Tree, params: Tree, split: Sequence[Split] = ()) -> Tree:
+    """Returns a new state, every array with a buffer of its own, where `params` are.
+
+    A buffer that two arrays share cannot be donated. A state that is not on the mesh of
+    the parameters compiles the step twice: once more when it is. And inside `shard_map`
+    it differs across the mesh axes that no norm is reduced over, so that it can ride in
+    `scan` from the start.
+    """
+    leaves = jax.tree.leaves(params)
+    meshes = {
+        x.sharding.mesh
+        for x in leaves
+        if isinstance(x, jax.Array)
+        and not isinstance(x, Tracer)
+        and isinstance(x.sharding, jax.NamedSharding)
+    }
+    state = jax.tree.map(jnp.copy, state)
+    if len(meshes) == 1:
+        everywhere = jax.NamedSharding(meshes.pop(), jax.P())
+        state = jax.tree.map(lambda x: jax.device_put(x, everywhere), state)
+    if manual := jax.sharding.get_abstract_mesh().manual_axes:
+        reduced = {axis for own in split for axis in own.axes}
+        left = set().union(*map(varying, leaves)) - reduced
+        if axes := _ordered(manual, left):
+            pcast = functools.partial(jax.lax.pcast, axis_name=axes, to="varying")
+            state = jax.tree.map(pcast, state)
+    return state
+
+
+def _split(axes: Axes, dims: tuple[Axes, ...] | None) -> Split:
+    return Split(axes, dims, ways(axes))
+
+
+def _wanted(axis_names: AxisNames, caller: str) -> Auto | Axes:
+    if axis_names is AUTO:
+        return axis_names
+    if isinstance(axis_names, str):
+        return (axis_names,)
+    if isinstance(axis_names, tuple | list | set | frozenset) and all(
+        isinstance(axis, str) for axis in axis_names
+    ):
+        return tuple(axis_names)
+    raise TypeError(
+        f"`{caller}`: `axis_names` must be `AUTO` or a tuple of names of mesh axes, got"
+        f" {axis_names!r}. `()` is for none."
+    )
+
+
+def _mapped(wanted: Auto | Axes, manual: Axes, caller: str) -> Axes:
+    """The axes of `jax.vmap` among those that are asked for."""
+    mapped = () if wanted is AUTO else tuple(a for a in wanted if a not in manual)
+    for axis in mapped:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError:
+            raise DistributedNormError(
+                f"`{caller}`: axis_names={wanted}, but no axis {axis!r} is bound here,"
+                f" where the manual mesh axes are {manual}. Under `jax.jit` the"
+                " gradients of all devices are one array already: drop `axis_names`."
+            ) from None
+    return mapped
+
+
+def _untracked(manual: Axes) -> Axes:
+    """The manual axes, longer than 1, of which types say nothing.
+
+    The index of a device differs along its axis, by construction: a type that does not
+    say so says nothing.
+    """
+    return tuple(
+        axis
+        for axis in manual
+        if jax.lax.axis_size(axis) > 1 and axis not in varying(jax.lax.axis_index(axis))
+    )
+
+
+def _untracked_message(untracked: Axes, names: Sequence[str], caller: str) -> str:
+    return (
+        f"`{caller}`: mesh axes {untracked} are manual here, but JAX does not track"
+        " which arrays differ across them (`jax.shard_map(..., check_vma=False)` or"
+        f" `jax.pmap`), so that the leaves {_trees.listed(names)} may be split over"
+        " them or be the same on every device. Use `jax.shard_map` with"
+        " `check_vma=True`. Or say so: `axis_names=()` if all leaves are reduced and"
+        f" the same everywhere, `axis_names={untracked}` if each is split over all of"
+        " these axes, `specs=...` with the PartitionSpec of each leaf."
+    )
+
+
+def _check_reduced(x: Any, name: str, caller: str) -> None:
+    kind = jax.typeof(x)
+    pending = set(kind.manual_axis_type.unreduced)
+    pending |= set(getattr(kind.sharding.spec, "unreduced", ()))
+    if pending:
+        axes = tuple(sorted(pending))
+        raise DistributedNormError(
+            f"`{caller}`: leaf {name!r} is unreduced over {axes}: the sum over these"
+            f" mesh axes is still to be taken. Take it first, by `jax.lax.psum(grads,"
+            f" {axes})` inside `shard_map`, by `jax.reshard` outside."
+        )
+
+
+def _each_spec(specs: Tree, tree: Tree, caller: str) -> list:
+    is_spec = lambda x: isinstance(x, jax.P)  # noqa: E731
+    try:
+        spread = jax.tree.broadcast(specs, tree, is_leaf=is_spec)
+    except ValueError as error:
+        raise ValueError(
+            f"`{caller}`: `specs` must be a prefix of the tree of gradients, one"
+            f" `jax.P(...)` for all or one for each branch or leaf: {error}"
+        ) from error
+    found = jax.tree.leaves(spread, is_leaf=is_spec)
+    for spec in found:
+        if not is_spec(spec):
+            raise TypeError(
+                f"`{caller}`: `specs` must be a tree of `jax.P(...)`, as `in_specs` of"
+                f" `jax.shard_map` is, got {spec!r}."
+            )
+    return found
+
+
+def _cut(
+    spec: jax.P, x: jax.Array, manual: Axes, name: str, caller: str
+) -> tuple[Axes, ...]:
+    """The manual axes along which a spec cuts each dimension of a leaf."""
+    if len(spec) > x.ndim:
+        raise ValueError(
+            f"`{caller}`: `specs` says {spec} of leaf {name!r}, which has only {x.ndim}"
+            " dimensions."
+        )
+    parts = [(a,) if isinstance(a, str) else tuple(a or ()) for a in spec]
+    parts += [()] * (x.ndim - len(parts))
+    return tuple(tuple(a for a in axes if a in manual) for axes in parts)
+
+
+def _check_agrees(name: str, own: Axes, said: Axes, caller: str) -> None:
+    if {a for a in set(own) ^ set(said) if jax.lax.axis_size(a) > 1}:
+        raise DistributedNormError(
+            f"`{caller}`: `specs` says that leaf {name!r} is split over {said}, but it"
+            f" varies over {own}. Give the spec by which it came into `shard_map`; a"
+            " gradient that is not averaged yet varies over more than that."
+        )
+
+
+def _ordered(manual: Axes, *axes: Any) -> Axes:
+    """Those of some axes that are manual, in the order of the mesh."""
+    named = set().union(*axes)
+    return tuple(axis for axis in manual if axis in named)

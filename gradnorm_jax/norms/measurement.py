@@ -1,0 +1,175 @@
+"""One measurement: the cells of trees, folded over all devices, and their norms."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradnorm_jax import _sharding, kernels
+from gradnorm_jax._layout import Layout
+from gradnorm_jax.norms.fold import Norm, step_down
+
+
+class Measured(NamedTuple):
+    """The norms of the parts of a tree, and which of its cells have one that is finite.
+
+    Both are the same on every device.
+    """
+
+    norms: jax.Array
+    sound: jax.Array | np.ndarray
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("leaves", "cells"),
+    meta_fields=("layout", "norm"),
+)
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """What a norm keeps of the cells of a tree, folded over all devices.
+
+    Attributes:
+      leaves: The members of the layout.
+      cells: `[cells, k]`.
+      layout: How the tree divides into cells and parts.
+      norm: What makes norms of them.
+    """
+
+    leaves: tuple[jax.Array, ...]
+    cells: jax.Array
+    layout: Layout
+    norm: Norm
+
+    def measured(self) -> Measured:
+        """Returns the norms, and which cells have one that is finite."""
+        compute = _finished if self.norm.slope is None else _measured
+        return compute(self.norm, self.layout, self.cells, self.leaves)
+
+    def by_other_parts(
+        self, layout: Layout, leaves: Sequence[jax.Array], norm: Norm
+    ) -> "Folded | None":
+        """Returns the same cells for another layout of the same arrays, if they fit."""
+        members = tuple(leaves[i] for i in layout.members)
+        alike = norm is self.norm and all(
+            getattr(layout, name) == getattr(self.layout, name)
+            for name in ("members", "shapes", "kept", "split")
+        )
+        if alike and all(map(operator.is_, members, self.leaves)):
+            return Folded(members, self.cells, layout, norm)
+        return None
+
+
+def fold(
+    trees: Sequence[tuple[Layout, Sequence[jax.Array]]],
+    norm: Norm,
+    live: jax.Array | None = None,
+) -> list[Folded]:
+    """Folds some trees; on a mesh all of them with one collective.
+
+    With `live`, as :func:`kernels.apart` takes it, apart from what uses the norms.
+    """
+    layouts = tuple(layout for layout, _ in trees)
+    members = tuple(
+        tuple(jnp.asarray(leaves[i]) for i in layout.members)
+        for layout, leaves in trees
+    )
+    # The derivative is that of `_measured`, unless it is to be found step by step.
+    values = members if norm.slope is None else jax.lax.stop_gradient(members)
+    compute = functools.partial(_cells, norm, layouts)
+    cells = compute(values) if live is None else kernels.apart(compute, live, values)
+    return [
+        Folded(leaves, own, layout, norm)
+        for leaves, own, layout in zip(members, cells, layouts, strict=True)
+    ]
+
+
+def measure(layout: Layout, leaves: Sequence[jax.Array], norm: Norm) -> Measured:
+    """Returns the norm of each part, and which cells have a norm that is finite."""
+    [folded] = fold([(layout, leaves)], norm)
+    return folded.measured()
+
+
+def first_nonfinite_leaf(layout: Layout, sound: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the position of the first leaf with a cell that is not sound, or -1."""
+    if not sound.size:
+        return jnp.full((), -1, jnp.int32)
+    ends = jnp.asarray(layout.offsets[1:])
+    member = jnp.searchsorted(ends, jnp.argmin(sound), side="right")
+    return jnp.where(jnp.all(sound), -1, jnp.asarray(layout.members)[member])
+
+
+# Compiled once for each norm and layout, so that a call outside of `jit` is cheap too.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _cells(
+    norm: Norm, layouts: tuple[Layout, ...], trees: tuple[tuple[jax.Array, ...], ...]
+) -> list[jax.Array]:
+    """What the norm keeps of every cell of every tree."""
+    partials = [
+        norm.partial(
+            _sharding.aligned(leaves), [layout.kept[i] for i in layout.members]
+        )
+        for layout, leaves in zip(layouts, trees, strict=True)
+    ]
+    if not any(layout.split for layout in layouts):
+        return partials
+    placed, axes = [], []
+    for layout, cells in zip(layouts, partials, strict=True):
+        cells, own = layout.over_the_mesh(cells)
+        placed.append(cells)
+        axes += own
+    dtype = functools.reduce(np.promote_types, [cells.dtype for cells in placed])
+    together = jnp.concatenate([cells.astype(dtype) for cells in placed])
+    folded = _sharding.all_reduce(together, axes, norm.across, norm.combine)
+    ends = np.cumsum([len(cells) for cells in placed])
+    return [
+        cells.astype(own.dtype)
+        for cells, own in zip(jnp.split(folded, ends[:-1]), placed, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _finished(
+    norm: Norm, layout: Layout, cells: jax.Array, leaves: tuple[jax.Array, ...]
+) -> Measured:
+    del leaves
+    norms = norm.finish(layout.gather(cells, norm.combine))
+    return Measured(norms, jnp.isfinite(norm.finish(cells)))
+
+
+_measured = jax.custom_jvp(_finished, nondiff_argnums=(0, 1))
+
+
+@_measured.defjvp
+def _measured_jvp(norm: Norm, layout: Layout, primals: tuple, tangents: tuple) -> tuple:
+    assert norm.slope is not None
+    # d norm = sum over a part's entries of slope(x) dx. Where the norm is 0 so is
+    # every x, and the slope is taken at norm 1, where it is 0 for every order. A slope
+    # does not depend on the scale: norms with a subnormal reciprocal are stepped down.
+    found = _measured(norm, layout, *primals)
+    norms = found.norms
+    steady = jnp.where(norms == 0, 1, norms)
+    factors = step_down(steady)
+    sizes = jnp.broadcast_to(jnp.asarray(layout.sizes, norms.dtype), norms.shape)
+    cells = [jnp.zeros((0, 1), norms.dtype)]
+    for i, x, dx in zip(layout.members, primals[1], tangents[1], strict=True):
+        wide = np.promote_types(x.dtype, norms.dtype)
+        own_norm, factor, size = (
+            layout.spread(value, i, measured=True).astype(wide)
+            for value in (steady * factors, factors, sizes)
+        )
+        slope = norm.slope(x.astype(wide) * factor, own_norm, size)
+        summed = tuple(k for k in range(x.ndim) if k not in layout.kept[i])
+        product = jnp.real(jnp.conj(slope) * dx.astype(wide))
+        sums = _sharding.replicated(jnp.sum(product, summed))
+        cells.append(sums.reshape(-1, 1).astype(norms.dtype))
+    total = functools.partial(jnp.sum, axis=0)
+    placed, axes = layout.over_the_mesh(jnp.concatenate(cells))
+    folded = _sharding.all_reduce(placed, axes, "sum", total)
+    no_tangent = np.zeros(found.sound.shape, jax.dtypes.float0)
+    return found, Measured(layout.gather(folded[:, 0], total), no_tangent)
