@@ -145,15 +145,16 @@ def clip_by_norm(
         del extra_args
         placement = Placement(axis_names, specs, "clip_by_norm(...).update(updates)")
         names, leaves, treedef = _trees.flatten(updates, placement.caller)
-        layout = granularity.layout(updates, placement)
+        measured = norms is None or rule.needs_params
+        layout = granularity.layout(updates, placement, measured=measured)
         _check_state(state, layout)
         _sharding.check_averaged(names, leaves, layout.split, params, placement.caller)
 
         # MEASURE
-        shared = folded and folded.by_other_parts(layout, leaves, norm)
         if norms is not None:
             known = _given(norms, layout)
         else:
+            shared = folded and folded.by_other_parts(layout, leaves, norm)
             known = shared and shared.measured()
         trees = [] if known else [(layout, leaves)]
         if rule.needs_params:

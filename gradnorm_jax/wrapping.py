@@ -70,7 +70,8 @@ def reset_state_every(
     within = optax.with_extra_args_support(inner)
 
     def init(params: Tree) -> ResetState:
-        return ResetState(within.init(params), jnp.zeros((), jnp.int32))
+        step = _sharding.placed(jnp.zeros((), jnp.int32), params)
+        return ResetState(within.init(params), step)
 
     def update(
         updates: Tree, state: Any, params: Tree | None = None, **extra_args: Any

@@ -80,8 +80,7 @@ def splits(
     """
     caller = placement.caller or caller
     wanted = _wanted(placement.axis_names, caller)
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = tuple(mesh.manual_axes)
+    manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     mapped = ()
     if measured:
         for name, x in zip(names, leaves, strict=True):
@@ -90,45 +89,31 @@ def splits(
     if not manual:
         return tuple(_split(mapped, ((),) * x.ndim) for x in leaves) if mapped else ()
 
-    dims: list = [None] * len(leaves)
+    cuts: list[tuple[Axes, ...] | None] = [None] * len(leaves)
     if placement.specs is not None:
-        specs = _each_spec(placement.specs, tree, caller)
-        dims = [
+        cuts = [
             _cut(spec, x, manual, name, caller)
-            for spec, x, name in zip(specs, leaves, names, strict=True)
-        ]
-    if untracked := _untracked(manual):
-        if placement.specs is not None:
-            axes = [_ordered(manual, *own) for own in dims]
-        elif wanted is not AUTO:
-            axes = [_ordered(manual, wanted)] * len(leaves)
-        elif measured and leaves:
-            raise DistributedNormError(_untracked_message(untracked, names, caller))
-        else:
-            axes = [()] * len(leaves)
-    else:
-        if mapped:
-            raise DistributedNormError(
-                f"`{caller}`: axis_names={wanted} names {mapped} of `jax.vmap`, which"
-                " JAX cannot reduce over inside of `jax.shard_map`, unless that has"
-                " `check_vma=False`. Map outside of it, or leave the axis out."
+            for spec, x, name in zip(
+                _each_spec(placement.specs, tree, caller), leaves, names, strict=True
             )
+        ]
+    untracked = _untracked(manual)
+    if not untracked:
         axes = [_ordered(manual, varying(x)) for x in leaves]
-        for name, own, cut in zip(names, axes, dims, strict=True):
-            if cut is not None:
-                _check_agrees(name, own, _ordered(manual, *cut), caller)
-
-    def limited(axes: Axes) -> Axes:
-        return axes if wanted is AUTO else tuple(a for a in axes if a in wanted)
-
-    found = []
-    for x, own, cut in zip(leaves, axes, dims, strict=True):
-        own = limited(own)
-        if cut is None and not own:
-            cut = ((),) * x.ndim
-        cut = None if cut is None else tuple(limited(a) for a in cut)
-        found.append(_split((*mapped, *own), cut))
-    return tuple(found) if any(split.axes for split in found) else ()
+        _check_agrees(names, axes, cuts, caller)
+    elif placement.specs is not None:
+        axes = [_ordered(manual, *(cut or ())) for cut in cuts]
+    elif wanted is not AUTO:
+        axes = [_ordered(manual, wanted)] * len(leaves)
+    elif measured and leaves:
+        raise DistributedNormError(_untracked_message(untracked, names, caller))
+    else:
+        return ()
+    found = tuple(
+        _limited(own, cut, wanted, mapped, x.ndim)
+        for own, cut, x in zip(axes, cuts, leaves, strict=True)
+    )
+    return found if any(split.axes for split in found) else ()
 
 
 def check_averaged(
@@ -150,8 +135,8 @@ def check_averaged(
                 f"`{caller}`: gradient {name!r} differs across mesh axes {extra}, but"
                 " its parameter is the same there. A gradient of a loss on one device"
                 " has to be averaged first: take the mean inside the loss that is"
-                f" differentiated, or `jax.lax.pmean(grads, {extra})`. Was it gathered,"
-                " then by `jax.lax.all_gather(..., to='invarying')`. To clip each"
+                f" differentiated, or `jax.lax.pmean(grads, {extra})`. One that was"
+                " gathered needs `jax.lax.all_gather(..., to='invarying')`. To clip each"
                 " device's own gradient by its own norm, give `axis_names=()`."
             )
 
@@ -230,6 +215,22 @@ def placed(state: Tree, params: Tree, split: Sequence[Split] = ()) -> Tree:
     return state
 
 
+def _limited(
+    axes: Axes,
+    cut: tuple[Axes, ...] | None,
+    wanted: Auto | Axes,
+    mapped: Axes,
+    rank: int,
+) -> Split:
+    """How a leaf is split over those axes that are asked for."""
+    if wanted is not AUTO:
+        axes = tuple(a for a in axes if a in wanted)
+    if cut is None:
+        return _split((*mapped, *axes), None if axes else ((),) * rank)
+    cut = tuple(tuple(a for a in along if a in axes) for along in cut)
+    return _split((*mapped, *axes), cut)
+
+
 def _split(axes: Axes, dims: tuple[Axes, ...] | None) -> Split:
     return Split(axes, dims, ways(axes))
 
@@ -261,6 +262,12 @@ def _mapped(wanted: Auto | Axes, manual: Axes, caller: str) -> Axes:
                 f" where the manual mesh axes are {manual}. Under `jax.jit` the"
                 " gradients of all devices are one array already: drop `axis_names`."
             ) from None
+    if mapped and any(axis in varying(jax.lax.axis_index(axis)) for axis in manual):
+        raise DistributedNormError(
+            f"`{caller}`: axis_names={wanted} names {mapped} of `jax.vmap`, over which"
+            " JAX cannot reduce inside of `jax.shard_map`, unless that has"
+            " `check_vma=False`. Map outside of it, or leave the axis out."
+        )
     return mapped
 
 
@@ -335,13 +342,24 @@ def _cut(
     return tuple(tuple(a for a in axes if a in manual) for axes in parts)
 
 
-def _check_agrees(name: str, own: Axes, said: Axes, caller: str) -> None:
-    if {a for a in set(own) ^ set(said) if jax.lax.axis_size(a) > 1}:
-        raise DistributedNormError(
-            f"`{caller}`: `specs` says that leaf {name!r} is split over {said}, but it"
-            f" varies over {own}. Give the spec by which it came into `shard_map`; a"
-            " gradient that is not averaged yet varies over more than that."
-        )
+def _check_agrees(
+    names: Sequence[str],
+    axes: Sequence[Axes],
+    cuts: Sequence[tuple[Axes, ...] | None],
+    caller: str,
+) -> None:
+    """Refuses specs that say something else than the types."""
+    for name, own, cut in zip(names, axes, cuts, strict=True):
+        if cut is None:
+            continue
+        said = tuple(axis for along in cut for axis in along)
+        if any(jax.lax.axis_size(a) > 1 for a in set(own) ^ set(said)):
+            raise DistributedNormError(
+                f"`{caller}`: `specs` says that leaf {name!r} is split over {said}, but"
+                f" it varies over {own}. Give the spec by which it came into"
+                " `shard_map`; a gradient that is not averaged yet varies over more"
+                " than that."
+            )
 
 
 def _ordered(manual: Axes, *axes: Any) -> Axes:

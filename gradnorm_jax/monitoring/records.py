@@ -156,6 +156,12 @@ class Monitor:
                 "`Monitor` was called inside `jit` or another transformation. Call it"
                 " with the state that the compiled step returns."
             )
+        if not (ring.is_fully_replicated or ring.is_fully_addressable):
+            raise ValueError(
+                "`Monitor` was given a ring that is split over processes, of which one"
+                " alone cannot read it. `watch(...).init(params)` puts it on every"
+                " device whole: return it so from the step, with `out_shardings`."
+            )
         if ring.ndim != 2 or ring.shape[1] != len(self._columns):
             raise ValueError(
                 f"`Monitor` expects a ring of {len(self._columns)} columns for these"
@@ -171,7 +177,7 @@ class Monitor:
         self._state = None
         copy = None
         if not ring.is_deleted():
-            copy = jnp.copy(_local(ring)), jnp.copy(_local(rows))
+            copy = _copy(ring), _copy(rows)
             for array in copy:
                 array.copy_to_host_async()
         self._write()
@@ -212,6 +218,10 @@ class Monitor:
         self._warned = True
 
 
-def _local(array: jax.Array) -> jax.Array:
-    """Returns what this process holds, so that no other one need take part."""
-    return array.addressable_data(0) if array.is_fully_replicated else array
+def _copy(array: jax.Array) -> jax.Array:
+    """Copies what this process holds, so that no other one need take part.
+
+    No computation: one on a single device is refused where `jax.set_mesh` names more.
+    """
+    local = array.addressable_data(0) if array.is_fully_replicated else array
+    return jax.device_put(local, local.sharding, may_alias=False)
