@@ -14,13 +14,19 @@ import jax.numpy as jnp
 import optax
 
 import gradnorm_jax as gn
-from benchmarks import timing, trees
+from benchmarks import sharded, timing, trees
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SHAPES = {
     "transformer 85M/96": trees.transformer(),
     "many 10M/400": trees.many_leaves(),
 }
+HEADER = (
+    "| what                 | tree               | dtype    |  ours ms | theirs ms "
+    "| ratio | quartiles | limit          | of stream |\n"
+    "|----------------------|--------------------|----------|---------:|----------:"
+    "|------:|-----------|----------------|-------|"
+)
 
 
 class Row(NamedTuple):
@@ -262,12 +268,6 @@ def main() -> None:
     machine = f"{platform.processor() or platform.machine()}, {jax.devices()[0]}"
     print(f"jax {jax.__version__}, optax {optax.__version__}, {machine}")
     print(f"reading memory in a stream: {bandwidth / 1e9:.1f} GB/s on all cores\n")
-    print(
-        "| what                 | tree               | dtype    |  ours ms | theirs ms "
-        "| ratio | quartiles | limit          | of stream |\n"
-        "|----------------------|--------------------|----------|---------:|----------:"
-        "|------:|-----------|----------------|-------|"
-    )
     suites = {
         "norm": lambda: norms(repeats, bandwidth),
         "clip": lambda: clips(repeats),
@@ -277,19 +277,23 @@ def main() -> None:
         "skip": lambda: skips(repeats),
         "compile": lambda: compiles(3 if options.quick else 5),
     }
-    rows = []
-    for name, suite in suites.items():
-        if options.only in name:
-            for row in suite():
-                _print(row)
-                rows.append(row)
+    chosen = [suite for name, suite in suites.items() if options.only in name]
+    if chosen:
+        print(HEADER)
+    rows: list[dict[str, Any]] = []
+    for suite in chosen:
+        for row in suite():
+            _print(row)
+            rows.append(row._asdict())
+    if options.only in "sharded":
+        rows += sharded.in_a_process(quick=options.quick)
     seconds = statistics.median(timing.import_seconds() for _ in range(7))
     print(
         f"\n`import gradnorm_jax` once jax and optax are there: {seconds * 1e3:.0f} ms"
         " (limit 60 ms)"
     )
     if options.json:
-        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+        options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

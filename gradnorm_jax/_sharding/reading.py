@@ -136,8 +136,8 @@ def check_averaged(
                 " its parameter is the same there. A gradient of a loss on one device"
                 " has to be averaged first: take the mean inside the loss that is"
                 f" differentiated, or `jax.lax.pmean(grads, {extra})`. One that was"
-                " gathered needs `jax.lax.all_gather(..., to='invarying')`. To clip each"
-                " device's own gradient by its own norm, give `axis_names=()`."
+                " gathered needs `jax.lax.all_gather(..., to='invarying')`. To clip the"
+                " gradient of each device by its own norm, give `axis_names=()`."
             )
 
 
