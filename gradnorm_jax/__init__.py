@@ -52,12 +52,13 @@ from gradnorm_jax.telemetry import (
     ClipState,
     SkipMetrics,
     SkipState,
+    Stats,
     WatchState,
     find,
     scalars,
 )
 from gradnorm_jax.thresholds import Threshold
-from gradnorm_jax.watching import watch
+from gradnorm_jax.watching import attach, detach, measure, watch
 from gradnorm_jax.wrapping import (
     ResetState,
     ResidualState,
@@ -82,6 +83,7 @@ __all__ = [
     "Shrink",
     "SkipMetrics",
     "SkipState",
+    "Stats",
     "Threshold",
     "WatchState",
     "adaclip",
@@ -89,6 +91,7 @@ __all__ = [
     "adagn",
     "adaptive_grad_clip",
     "aggc",
+    "attach",
     "autoclip",
     "clip",
     "clip_by_block_rms",
@@ -101,11 +104,13 @@ __all__ = [
     "clip_by_rolling_sigma",
     "clip_by_second_moment",
     "clip_by_unit_norm",
+    "detach",
     "find",
     "global_norm",
     "group_norms",
     "leaf_names",
     "leaf_norms",
+    "measure",
     "monitoring",
     "normalize_by_norm",
     "norms",

@@ -1,6 +1,7 @@
-"""A record of norms that rides in the optimizer's state: one ring, no host sync."""
+"""A record of norms: one row a step, in the optimizer's state or as a plain value."""
 
-import math
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,27 +9,33 @@ import jax.numpy as jnp
 import optax
 
 from gradnorm_jax import _sharding
-from gradnorm_jax._checks import check_transformation
+from gradnorm_jax._checks import check_state, check_steps, check_transformation
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Tree
-from gradnorm_jax.norms.fold import l2
-from gradnorm_jax.norms.measurement import fold
+from gradnorm_jax.norms.fold import l2, linf, nonfinite, zeros
+from gradnorm_jax.norms.measurement import Folded, fold
 from gradnorm_jax.telemetry import (
+    DETAILS,
     KINDS,
-    SCALARS,
     ClipMetrics,
     SkipMetrics,
+    Stats,
     WatchState,
+    columns_of,
     find,
     layout,
 )
+
+#: By which fold each detail of the gradients is measured.
+_FOLDS = dict(zip(DETAILS, (linf, zeros, nonfinite), strict=True))
 
 
 def watch(
     tx: optax.GradientTransformation,
     *,
     window: int = 128,
+    every: int = 1,
     record: tuple[str, ...] = KINDS,
     groups: Groups | None = None,
     stacked_axes: PerLeaf | None = None,
@@ -37,15 +44,19 @@ def watch(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the norms of the last steps of an optimizer in its state.
 
-    Each update writes one row: the L2 norms of the gradients as they come in, of the
-    updates as they go out, and of the parameters before the step, leaf by leaf; the
-    loss, if `update` is given it as the extra argument `value`; and what the outermost
+    Every update, or one of `every` updates, writes one row: the L2 norms of the
+    gradients as they come in, of the updates as they go out, and of the parameters
+    before the step, leaf by leaf; the loss, if `update` is given it as the extra
+    argument `value`; and what the outermost
     clip inside `tx` did. `gradnorm_jax.monitoring.Monitor` reads the rows on the host.
 
     Args:
       tx: Any optimizer or chain. Wrap it whole, clip and all.
       window: How many rows are kept. Read them out at least that often.
-      record: Which of "grad", "update" and "param" to measure.
+      every: Of how many updates one is recorded, from the first on.
+      record: Which of "grad", "update" and "param" to measure; and of each part of the
+        gradients, on request, "grad_max", the largest absolute value, "grad_zeros" and
+        "grad_nonfinite", how many entries are exactly 0, NaN or infinite.
       groups: Labels by which leaves have one norm together instead of one each, as in
         `group_norms`.
       stacked_axes: The axis along which a leaf stacks layers, as in `leaf_norms`.
@@ -76,10 +87,8 @@ def watch(
       >>> print(state.rows, state.ring[0, :3])
       1 [5.  2.5 0.1]
     """
-    _check(tx, window, record)
+    _check(tx, window, every, record)
     inner = optax.with_extra_args_support(tx)
-    kinds = tuple(kind for kind in KINDS if kind in record)
-
     placement = Placement(axis_names, specs, "watch(...).update(updates)")
 
     def divided(tree: Tree, *, measured: bool = True) -> Layout:
@@ -87,11 +96,11 @@ def watch(
 
     def init(params: Tree) -> WatchState:
         parts = divided(params, measured=False)
-        width = len(kinds) * math.prod(parts.part_shape) + len(SCALARS)
-        ring = jnp.zeros((window, width), jnp.float32)
-        own = (ring, jnp.zeros((), jnp.int32))
-        ring, rows = _sharding.placed(own, params, parts.split)
-        return WatchState(inner.init(params), ring, rows)
+        ring = jnp.zeros((window, len(columns_of(parts, record))), jnp.float32)
+        none = jnp.zeros((), jnp.int32)
+        steps = jnp.full(window, -1, jnp.int32)
+        own = _sharding.placed((ring, steps, none, none), params, parts.split)
+        return WatchState(inner.init(params), *own)
 
     def update(
         updates: Tree,
@@ -101,40 +110,173 @@ def watch(
         value: jax.Array | float | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, WatchState]:
-        if "param" in kinds and params is None:
-            raise ValueError(
-                "`watch(...).update(params=...)` must be given to record the norms of"
-                " the parameters. Call `tx.update(grads, state, params)`, or watch with"
-                " `record=('grad', 'update')`."
-            )
+        check_state(state, WatchState, "watch")
+        _need("param" in record, params, "watch(...).update(params=...)")
         if value is not None:
             extra_args["value"] = value
         parts = divided(updates)
+        _check_columns(len(columns_of(parts, record)), state.ring.shape[1])
         leaves = jax.tree.leaves(updates)
         _sharding.check_averaged(
             parts.names, leaves, parts.split, params, placement.caller
         )
-        live = state.rows >= 0
-        if "grad" in kinds:
-            [extra_args["folded"]] = fold([(parts, leaves)], l2, live)
+        live = state.step >= 0
+        folded = None
+        if every == 1 and "grad" in record:
+            [folded] = fold([(parts, leaves)], l2, live)
+            extra_args["folded"] = folded
         outgoing, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        trees = {"update": outgoing, "param": params}
-        later = [kind for kind in kinds if kind in trees]
-        found = fold(
-            [(divided(trees[k]), jax.tree.leaves(trees[k])) for k in later], l2, live
-        )
-        measured = dict(zip(later, found, strict=True))
-        if "grad" in kinds:
-            measured["grad"] = extra_args["folded"]
-        row = [measured[kind].measured().norms.astype(jnp.float32) for kind in kinds]
-        row.append(_scalars(inner_state, value))
-        ring = _write(state.ring, state.rows, jnp.concatenate(row))
-        rows = jnp.asarray(optax.safe_increment(state.rows))
-        return outgoing, WatchState(inner_state, ring, rows)
+        trees = {"grad": updates, "update": outgoing, "param": params}
+
+        def row() -> jax.Array:
+            norms = _norms(trees, record, divided, live, folded)
+            return jnp.concatenate([*norms, _scalars(inner_state, value)])
+
+        return outgoing, _written(state, inner_state, row, every)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def measure(
+    grads: Tree,
+    updates: Tree | None = None,
+    params: Tree | None = None,
+    *,
+    value: jax.Array | float | None = None,
+    state: Any = None,
+    details: tuple[str, ...] = (),
+    groups: Groups | None = None,
+    stacked_axes: PerLeaf | None = None,
+    axis_names: AxisNames = AUTO,
+    specs: Tree | None = None,
+) -> Stats:
+    """Measures a step into one row: what `watch` records, as a plain value.
+
+    For a step that returns what it measures, or gives it out of a `scan`; then
+    `Monitor.append` takes it. It leaves the state and its checkpoints as they are.
+
+    Args:
+      grads: The gradients, before any clip.
+      updates: What is added to the parameters, if that is to be measured.
+      params: The parameters before the step, if they are to be measured.
+      value: The loss.
+      state: The optimizer's state after the step; what its clip did is recorded.
+      details: Some of "grad_max", "grad_zeros" and "grad_nonfinite", as in `watch`.
+      groups: Labels by which leaves have one norm together, as in `group_norms`.
+      stacked_axes: The axis along which a leaf stacks layers, as in `leaf_norms`.
+      axis_names: Which mesh axes to reduce over, as in :func:`clip_by_norm`.
+      specs: How each leaf is split, as in :func:`clip_by_norm`.
+
+    Returns:
+      A :class:`Stats`: float32 `[columns]` and their names.
+
+    Raises:
+      ValueError: If `details` holds another word.
+
+    Example:
+      >>> stats = measure({"w": jnp.array([3.0, 4.0])}, value=0.5)
+      >>> print(stats.columns[:2], stats.values[:2])
+      ('grad/w', 'loss') [5.  0.5]
+    """
+    if isinstance(details, str) or not set(details) <= set(DETAILS):
+        raise ValueError(
+            f"`measure(details=...)` must be a tuple of some of {DETAILS}, got"
+            f" {details!r}."
+        )
+    given = {"grad": grads, "update": updates, "param": params}
+    trees = {kind: tree for kind, tree in given.items() if tree is not None}
+    record = (*trees, *details)
+    placement = Placement(axis_names, specs, "measure(...)")
+    divided = functools.partial(
+        layout,
+        groups=groups,
+        stacked_axes=stacked_axes,
+        placement=placement,
+        measured=True,
+    )
+    row = [*_norms(trees, record, divided), _scalars(state, value)]
+    return Stats(jnp.concatenate(row), columns_of(divided(grads), record))
+
+
+def attach(
+    opt_state: Any, params: Tree, tx: optax.GradientTransformation, *, step: int = 0
+) -> Any:
+    """Returns the state of a watched optimizer around a state that was not watched.
+
+    A record is no part of the training: save `detach(opt_state)`, and put a new record
+    around what was restored.
+
+    Args:
+      opt_state: A state of what `tx` is without `watch`, as `detach` returns it.
+      params: The parameters.
+      tx: The watched optimizer.
+      step: How many updates there were, from which the new record counts on.
+
+    Returns:
+      The state of `tx.init(params)`, with all but the record from `opt_state`.
+
+    Raises:
+      ValueError: If `tx` is not watched, or `opt_state` is of another optimizer.
+
+    Example:
+      >>> tx, params = watch(optax.adam(0.1)), {"w": jnp.ones(2)}
+      >>> saved = detach(tx.init(params))
+      >>> attach(saved, params, tx, step=100).step
+      Array(100, dtype=int32)
+    """
+    watched = tx.init(params)
+    bare = detach(watched)
+    if jax.tree.structure(bare) != jax.tree.structure(opt_state):
+        raise ValueError(
+            "`attach(opt_state=...)` must be a state of `tx` without `watch`, of"
+            f" structure {jax.tree.structure(bare)}, got one of structure"
+            f" {jax.tree.structure(opt_state)}."
+        )
+    leaves = iter(jax.tree.leaves(opt_state))
+
+    def filled(node: Any) -> Any:
+        if not isinstance(node, WatchState):
+            return next(leaves)
+        inner = jax.tree.map(filled, node.inner_state, is_leaf=_is_watched)
+        return node._replace(inner_state=inner, step=node.step + step)
+
+    return jax.tree.map(filled, watched, is_leaf=_is_watched)
+
+
+def detach(opt_state: Any) -> Any:
+    """Returns a state without the records of `watch`: what a checkpoint should hold.
+
+    Args:
+      opt_state: An optimizer's state, or a tree that holds one.
+
+    Raises:
+      ValueError: If there is no record inside.
+
+    Example:
+      >>> state = watch(optax.adam(0.1)).init({"w": jnp.ones(2)})
+      >>> jax.tree.structure(detach(state)) == jax.tree.structure(
+      ...     optax.adam(0.1).init({"w": jnp.ones(2)})
+      ... )
+      True
+    """
+    if not find(opt_state, WatchState):
+        raise ValueError(
+            "`detach(opt_state=...)` found no record of `watch` in a"
+            f" {type(opt_state).__name__}. Save the state as it is."
+        )
+
+    def bare(node: Any) -> Any:
+        if not isinstance(node, WatchState):
+            return node
+        return jax.tree.map(bare, node.inner_state, is_leaf=_is_watched)
+
+    return jax.tree.map(bare, opt_state, is_leaf=_is_watched)
+
+
+def _is_watched(node: Any) -> bool:
+    return isinstance(node, WatchState)
 
 
 def _scalars(inner_state: Any, value: jax.Array | float | None) -> jax.Array:
@@ -152,24 +294,79 @@ def _scalars(inner_state: Any, value: jax.Array | float | None) -> jax.Array:
     return jnp.concatenate([loss[None], clipped])
 
 
-def _write(ring: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
-    if row.shape != ring.shape[1:]:
+def _norms(
+    trees: dict[str, Tree],
+    record: tuple[str, ...],
+    divided: Callable[[Tree], Layout],
+    live: jax.Array | None = None,
+    folded: Folded | None = None,
+) -> list[jax.Array]:
+    """The norms to record, kind by kind; `folded` are the gradients, if known."""
+    kinds = [kind for kind in KINDS if kind in record]
+    later = [kind for kind in kinds if kind != "grad" or folded is None]
+    found = fold(
+        [(divided(trees[k]), jax.tree.leaves(trees[k])) for k in later], l2, live
+    )
+    of = dict(zip(later, found, strict=True)) | ({"grad": folded} if folded else {})
+    for kind in DETAILS:
+        if kind in record:
+            tree = (divided(trees["grad"]), jax.tree.leaves(trees["grad"]))
+            [of[kind]] = fold([tree], _FOLDS[kind], live)
+            kinds.append(kind)
+    return [of[kind].measured().norms.astype(jnp.float32) for kind in kinds]
+
+
+def _written(
+    state: WatchState, inner_state: Any, row: Callable[[], jax.Array], every: int
+) -> WatchState:
+    """Returns the state with one row more, if this step is to be recorded."""
+    step, at = state.step, state.rows % len(state.ring)
+    if every == 1:
+        due, values = jnp.ones((), bool), row()
+    else:
+        due, kept = step % every == 0, state.ring[at]
+        if _sharding.is_manual():  # a collective is for all devices, branch or not
+            values = jnp.where(due, row(), kept)
+        else:
+            values = jax.lax.cond(due, row, lambda: kept)
+    number = jnp.where(due, step, state.steps[at])
+    return WatchState(
+        inner_state,
+        state.ring.at[at].set(values, mode="promise_in_bounds"),
+        state.steps.at[at].set(number, mode="promise_in_bounds"),
+        state.rows + due.astype(jnp.int32),
+        jnp.asarray(optax.safe_increment(step)),
+    )
+
+
+def _check_columns(given: int, wanted: int) -> None:
+    if given != wanted:
         raise ValueError(
-            f"`watch(...).update(updates)`: the updates have {row.shape[0]} columns to"
-            f" record, but `init` was given a tree with {ring.shape[1]}. Both must have"
-            " the same leaves."
+            f"`watch(...).update(updates)`: the updates have {given} columns to record,"
+            f" but `init` was given a tree with {wanted}. Both must have the same"
+            " leaves."
         )
-    return ring.at[rows % ring.shape[0]].set(row, mode="promise_in_bounds")
 
 
-def _check(tx: Any, window: int, record: tuple[str, ...]) -> None:
+def _need(asked: bool, params: Tree | None, argument: str) -> None:
+    if asked and params is None:
+        raise ValueError(
+            f"`{argument}` must be given to record the norms of the parameters. Call"
+            " `tx.update(grads, state, params)`, or watch with"
+            " `record=('grad', 'update')`."
+        )
+
+
+def _check(tx: Any, window: int, every: int, record: tuple[str, ...]) -> None:
     check_transformation(tx, "watch(tx=...)")
     if not window >= 1:
         raise ValueError(f"`watch(window=...)` must be at least 1 row, got {window!r}.")
-    if isinstance(record, str) or not record or not set(record) <= set(KINDS):
+    check_steps(every, 1, "watch(every=...)", "1 records every update.")
+    known = (*KINDS, *DETAILS)
+    if isinstance(record, str) or not record or not set(record) <= set(known):
         raise ValueError(
-            f"`watch(record=...)` must be a tuple of some of {KINDS}, got {record!r}."
+            f"`watch(record=...)` must be a tuple of some of {known}, got {record!r}."
         )
 
 
-__all__ = ["watch"]
+__all__ = ["attach", "detach", "measure", "watch"]

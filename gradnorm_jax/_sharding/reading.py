@@ -173,6 +173,11 @@ def aligned(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     ]
 
 
+def is_manual() -> bool:
+    """Whether this is inside of `shard_map`, where arrays are those of one device."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def is_on_one_device(x: Any) -> bool:
     """Whether an array is on no mesh; known of a traced array too."""
     return jax.typeof(x).sharding.mesh.empty

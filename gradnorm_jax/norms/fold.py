@@ -348,3 +348,21 @@ rms = Norm(
     lambda x, norm, size: x / norm / size,
     "sum",
 )
+
+
+def _counted(name: str, test: Callable[[jax.Array], jax.Array]) -> Norm:
+    """A count is a fold too, though no norm."""
+
+    def partial(leaves: Leaves, kept: Kept) -> jax.Array:
+        dtype = accumulator(leaves)
+        return kernels.fold_cells(
+            lambda x, axes: jnp.sum(test(x), axes, dtype), leaves, kept, dtype
+        )[:, None]
+
+    return Norm(name, partial, _sum_partials, lambda x: x[..., 0], across="sum")
+
+
+#: How many entries are exactly 0.
+zeros = _counted("zeros", lambda x: x == 0)
+#: How many entries are NaN or infinite.
+nonfinite = _counted("nonfinite", lambda x: ~jnp.isfinite(x))

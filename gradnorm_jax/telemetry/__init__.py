@@ -1,0 +1,37 @@
+"""RECORD: what a clip and a watch keep in the optimizer's state, found and named."""
+
+from gradnorm_jax.telemetry.naming import (
+    DETAILS,
+    KINDS,
+    SCALARS,
+    columns,
+    columns_of,
+    find,
+    layout,
+    scalars,
+)
+from gradnorm_jax.telemetry.states import (
+    ClipMetrics,
+    ClipState,
+    SkipMetrics,
+    SkipState,
+    Stats,
+    WatchState,
+)
+
+__all__ = [
+    "DETAILS",
+    "KINDS",
+    "SCALARS",
+    "ClipMetrics",
+    "ClipState",
+    "SkipMetrics",
+    "SkipState",
+    "Stats",
+    "WatchState",
+    "columns",
+    "columns_of",
+    "find",
+    "layout",
+    "scalars",
+]
