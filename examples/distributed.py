@@ -119,7 +119,7 @@ def train(mesh: jax.sharding.Mesh, steps: int, log: Path) -> tuple[Any, float]:
         shardings = jax.tree.map(functools.partial(split, mesh), shapes)
         params = jax.jit(initial_params, out_shardings=shardings)()
         opt_state = tx.init(params)  # not in `jit`, so that the moments are split too
-        with gn.monitoring.Monitor(params, log=log) as monitor:
+        with gn.monitoring.Monitor(params, dir=log) as monitor:
             for images, labels in batches(mesh, steps):
                 params, opt_state = step(params, opt_state, images, labels)
                 monitor(opt_state)  # on every process; it writes on process 0

@@ -103,7 +103,7 @@ def train(
         ),
         donate_argnums=(0, 1),
     )
-    with monitoring.Monitor(params, every=1, log=directory) as monitor:
+    with monitoring.Monitor(params, every=1, dir=directory) as monitor:
         for block in range(outer):
             (params, opt_state), losses = steps_of(params, opt_state, block * inner)
             monitor(opt_state)

@@ -107,7 +107,7 @@ def record(grads, log):
     tx = gn.watch(optax.sgd(0.1))
     update = jax.jit(tx.update)
     state = tx.init(grads)
-    with gn.monitoring.Monitor(grads, every=2, log=log) as monitor:
+    with gn.monitoring.Monitor(grads, every=2, dir=log) as monitor:
         for step in range(STEPS):
             _, state = update(grads, state, grads, value=float(step))
             monitor(state)

@@ -2,7 +2,8 @@
 
 A run is a directory of its own:
 
-- `run.json` says what the columns are, and how many entries each part has;
+- `run.json` says what the columns are, and how many entries and dimensions each part
+  has;
 - `rows-00000001.npz`, `rows-00000002.npz`, ... hold the rows, one file a drain;
 - `scalars.jsonl` has one line of strict JSON a step, for people and other tools.
 
@@ -18,10 +19,11 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from gradnorm_jax.monitoring.history import History
+from gradnorm_jax.monitoring.history import KINDS, History
 
 FORMAT = "gradnorm_jax run"
 VERSION = 1
@@ -40,6 +42,7 @@ class Archive:
         directory: Path,
         columns: Sequence[str],
         sizes: Mapping[str, float],
+        dims: Mapping[str, int | None] | None = None,
         *,
         resume: bool,
     ):
@@ -59,6 +62,8 @@ class Archive:
             "columns": self.columns,
             "parts": {part: int(size) for part, size in sizes.items()},
         }
+        if dims is not None:
+            description["dims"] = dict(dims)
         text = json.dumps(description, indent=1, allow_nan=False) + "\n"
         write_whole(directory / RUN, lambda file: file.write(text.encode()))
 
@@ -79,7 +84,7 @@ class Archive:
                 f"`Monitor(log={str(self.directory)!r})` already holds a run. Name"
                 " another directory, or go on with that run by `resume=True`."
             )
-        recorded = _read_description(self.directory)
+        recorded = _read_description(self.directory).columns
         if recorded != self.columns:
             raise ValueError(
                 f"`Monitor(log={str(self.directory)!r}, resume=True)`: that run has"
@@ -112,7 +117,7 @@ def load(directory: str | os.PathLike) -> History:
       ValueError: If the run has no rows yet, or a file of it is damaged.
     """
     directory = Path(directory)
-    columns = _read_description(directory)
+    run = _read_description(directory)
     steps, rows = [], []
     end = math.inf  # the first step of the chunks after this one
     for path in reversed(_chunks(directory)):
@@ -127,12 +132,31 @@ def load(directory: str | os.PathLike) -> History:
             " the second drain, so after 2 * `every` calls, or by `Monitor.close()`."
         )
     return History.from_rows(
-        columns, np.concatenate(steps[::-1]), np.concatenate(rows[::-1])
+        run.columns,
+        np.concatenate(steps[::-1]),
+        np.concatenate(rows[::-1]),
+        sizes=_in_order(run.sizes, run.columns),
+        dims=_in_order(run.dims, run.columns),
     )
 
 
-def _read_description(directory: Path) -> tuple[str, ...]:
-    """Returns the names of the columns of the run in a directory."""
+def _in_order(of_parts: dict | None, columns: Sequence[str]) -> list | None:
+    """Lists what is known of each part in the order of the columns, if of all parts."""
+    kinds = (name.partition("/") for name in columns)
+    parts = dict.fromkeys(part for kind, _, part in kinds if kind in KINDS)
+    if of_parts is None or not parts.keys() <= of_parts.keys():
+        return None
+    return [of_parts[part] for part in parts]
+
+
+class _Description(NamedTuple):
+    columns: tuple[str, ...]
+    sizes: dict[str, int] | None
+    dims: dict[str, int | None] | None
+
+
+def _read_description(directory: Path) -> _Description:
+    """Returns what the columns and the parts of the run in a directory are."""
     path = directory / RUN
     if not directory.is_dir():
         raise FileNotFoundError(
@@ -148,6 +172,7 @@ def _read_description(directory: Path) -> tuple[str, ...]:
         description = json.loads(path.read_text())
         name, version = description["format"], description["version"]
         columns = tuple(description["columns"])
+        sizes, dims = description.get("parts"), description.get("dims")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} does not describe a run: {error!r}. It must have the keys"
@@ -159,7 +184,7 @@ def _read_description(directory: Path) -> tuple[str, ...]:
             f" gradnorm_jax reads version {VERSION} of a {FORMAT!r}. Read it with the"
             " gradnorm_jax that wrote it."
         )
-    return columns
+    return _Description(columns, sizes, dims)
 
 
 def _chunks(directory: Path) -> list[Path]:

@@ -23,6 +23,9 @@ class History:
       param: L2 norms of the parameters before the update, [T, L], or `None`.
       scalars: `loss`, `clip/limit`, `clip/scale` and `clip/fraction`, each of shape
         [T], and NaN where a step had none.
+      sizes: How many entries each part has, int64 [L], or `None` if unknown.
+      dims: How many dimensions each part has, or `None` if unknown. A stacked layer has
+        those of the layer, a group has `None`.
 
     Example:
       >>> rows = [[3.0, 4.0, 0.5], [6.0, 8.0, 0.4]]
@@ -39,15 +42,29 @@ class History:
     update: np.ndarray | None
     param: np.ndarray | None
     scalars: dict[str, np.ndarray]
+    sizes: np.ndarray | None = None
+    dims: tuple[int | None, ...] | None = None
 
     @classmethod
-    def from_rows(cls, columns: Sequence[str], steps, rows) -> "History":
+    def from_rows(
+        cls,
+        columns: Sequence[str],
+        steps,
+        rows,
+        sizes: Sequence[int] | np.ndarray | None = None,
+        dims: Sequence[int | None] | None = None,
+    ) -> "History":
         """Takes the rows of a ring apart by the names of their columns.
 
         Args:
           columns: The name of each column, as `telemetry.columns` gives them.
           steps: The number of each row's step.
           rows: The values, of shape [steps, columns].
+          sizes: The number of entries of each part, in the order of the columns.
+          dims: The number of dimensions of each part, in the order of the columns.
+
+        Raises:
+          ValueError: If there are more or fewer `sizes` or `dims` than parts.
         """
         rows = np.asarray(rows, np.float32).reshape(-1, len(columns))
         positions: dict[str, list[int]] = {kind: [] for kind in KINDS}
@@ -61,7 +78,21 @@ class History:
             else:
                 scalars[name] = rows[:, position]
         norms = {kind: rows[:, at] if at else None for kind, at in positions.items()}
-        return cls(np.asarray(steps, np.int64), tuple(parts), scalars=scalars, **norms)
+        for name, given in (("sizes", sizes), ("dims", dims)):
+            if given is not None and len(given) != len(parts):
+                raise ValueError(
+                    f"`History.from_rows({name}=...)` must have one entry for each of"
+                    f" the {len(parts)} parts, got {len(given)}. The parts are"
+                    f" {', '.join(list(parts)[:3])}, ..., in the order of the columns."
+                )
+        return cls(
+            np.asarray(steps, np.int64),
+            tuple(parts),
+            scalars=scalars,
+            sizes=None if sizes is None else np.asarray(sizes, np.int64),
+            dims=None if dims is None else tuple(dims),
+            **norms,
+        )
 
     def __repr__(self) -> str:
         """Says in one line what is recorded."""

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _PICTURES = {"trace": plots.norm_trace, "heat": plots.heat_map, "flow": plots.fl
 
 
 class Monitor:
-    """Reads the ring that `watch` keeps in a state: to files, trackers and findings.
+    r"""Reads the ring that `watch` keeps in a state: to files, trackers and findings.
 
     Call it with the state after every step, or after every inner `scan`. Most calls
     only count. Every `every`-th call *drains*: it starts a copy of the ring to the
@@ -75,7 +75,7 @@ class Monitor:
             for batch in batches:
                 params, state = step(params, state, batch)
                 monitor(state)
-        print(*monitor.findings(), sep="\\n")
+        print(*monitor.findings(), sep="\n")
         monitor.report("report.html")
     """
 
@@ -115,12 +115,12 @@ class Monitor:
         self._archive: Archive | None = None
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
         self._next_step = self._seen = 0
-        self._calls = self._unread = 0
+        self._calls = 0
         self._state: Any = None  # the last one given, not drained yet
         self._copy: records.Copy | None = None  # on its way to the host
         self._stats: list[Any] = []  # given to `append` since the last drain
         self._stats_copy: list[Any] = []  # on their way to the host
-        self._present: np.ndarray | None = None
+        self._sent: set[str] = set()
         self._told: dict[tuple, int] = {}
         self._warned = False
         if params is not None:
@@ -268,7 +268,11 @@ class Monitor:
         self._columns = columns
         if self._dir is not None and self._is_first:
             self._archive = Archive(
-                self._dir, columns.names, columns.sizes, columns.dims, self._resume
+                self._dir,
+                columns.names,
+                columns.sizes,
+                columns.dims,
+                resume=self._resume,
             )
             self._next_step = self._seen = self._archive.next_step
 
@@ -330,9 +334,9 @@ class Monitor:
             self._tell()
 
     def _send(self, new: History) -> None:
+        """Sends the scalars of the newest row; not those that there never were."""
         metrics = new.metrics()
-        present = {k for k, v in metrics.items() if not np.all(np.isnan(v))}
-        self._sent = getattr(self, "_sent", set()) | present
+        self._sent |= {k for k, v in metrics.items() if not np.all(np.isnan(v))}
         scalars = {k: float(v[-1]) for k, v in metrics.items() if k in self._sent}
         if "grad_norm/global_preclip" in metrics:
             largest = metrics["grad_norm/global_preclip"].max()
@@ -363,8 +367,8 @@ class Monitor:
             self.columns,
             steps,
             values,
-            sizes=self._columns.sizes or None,
-            dims=self._columns.dims or None,
+            sizes=list(self._columns.sizes.values()) or None,
+            dims=list(self._columns.dims.values()) or None,
         )
 
     def _warn_of_dropped(self, dropped: int, steps: int, window: int) -> None:

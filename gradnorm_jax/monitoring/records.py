@@ -1,4 +1,4 @@
-"""The door to the device: what a monitor reads of a state, and what its columns mean."""
+"""The door to the device: what a monitor reads of a state, and what columns mean."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -59,7 +59,9 @@ def describe(
     if groups is None:
         counts = [len(shape) - len(kept) for shape, kept in _shapes(parts)]
         cells = [int(np.prod(shape)) for shape in parts.cell_shapes]
-        dims = dict(zip(parts.part_names, np.repeat(counts, cells).tolist(), strict=True))
+        dims = dict(
+            zip(parts.part_names, np.repeat(counts, cells).tolist(), strict=True)
+        )
     sizes = dict(zip(parts.part_names, parts.sizes.astype(int).tolist(), strict=True))
     if names is None:
         return Columns(columns, sizes, dims)

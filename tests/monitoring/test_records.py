@@ -22,9 +22,11 @@ WIDTH = 3 * 2 + 4
 def state_after(rows, window):
     """The state after some steps: a ring whose entries are their steps."""
     ring = np.zeros((window, WIDTH), np.float32)
+    steps = np.full(window, -1, np.int32)
     for row in range(rows):
-        ring[row % window] = row
-    return WatchState(None, jnp.asarray(ring), jnp.int32(rows))
+        ring[row % window] = steps[row % window] = row
+    rows = jnp.int32(rows)
+    return WatchState(None, jnp.asarray(ring), jnp.asarray(steps), rows, rows)
 
 
 def watched_step(tx):
@@ -55,7 +57,7 @@ def test_what_is_on_disk_is_what_the_ring_held_at_each_drain(
     expected = set()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with Monitor(PARAMS, every=every, log=tmp_path) as monitor:
+        with Monitor(PARAMS, every=every, dir=tmp_path) as monitor:
             for call in range(1, calls + 1):
                 rows = call * steps_a_call
                 monitor(state_after(rows, window))
@@ -70,7 +72,7 @@ def test_what_is_on_disk_is_what_the_ring_held_at_each_drain(
 
 
 def test_dropped_rows_are_told_once_with_the_remedy(tmp_path):
-    monitor = Monitor(PARAMS, every=1, log=tmp_path)
+    monitor = Monitor(PARAMS, every=1, dir=tmp_path)
     monitor(state_after(300, 128))
     with pytest.warns(UserWarning, match=r"lost 172 rows.*window=300") as told:
         monitor(state_after(600, 128))
@@ -85,7 +87,7 @@ def test_a_donated_training_leaves_a_full_record(tmp_path):
     step = jax.jit(watched_step(tx), donate_argnums=(0, 1))
     params, state = copied(PARAMS), tx.init(PARAMS)
     expected, losses = [], []
-    with Monitor(PARAMS, every=8, log=tmp_path) as monitor:
+    with Monitor(PARAMS, every=8, dir=tmp_path) as monitor:
         for target in range(30):
             grads = {"b": 2 * params["b"], "w": 2 * (params["w"] - target)}
             expected.append([np.linalg.norm(grad) for grad in jax.tree.leaves(grads)])
@@ -112,7 +114,7 @@ def test_the_steps_of_an_inner_scan_are_all_recorded(tmp_path):
         return jax.lax.scan(body, (params, state), jnp.arange(10.0))[0]
 
     params, state = copied(PARAMS), tx.init(PARAMS)
-    with Monitor(PARAMS, every=2, log=tmp_path) as monitor:
+    with Monitor(PARAMS, every=2, dir=tmp_path) as monitor:
         for _ in range(5):
             params, state = ten_steps(params, state)
             monitor(state)
@@ -125,7 +127,7 @@ def test_the_steps_of_an_inner_scan_are_all_recorded(tmp_path):
 def test_a_step_that_is_not_finite_is_recorded_as_it_was(tmp_path):
     tx = gn.watch(optax.sgd(0.1))
     state = tx.init(PARAMS)
-    with Monitor(PARAMS, log=tmp_path) as monitor:
+    with Monitor(PARAMS, dir=tmp_path) as monitor:
         for w in (1.0, np.nan, np.inf, 0.0):
             grads = {"b": jnp.zeros(2), "w": jnp.full((3, 2), w)}
             _, state = tx.update(grads, state, PARAMS)
@@ -148,7 +150,7 @@ def test_the_settings_of_watch_are_the_settings_of_the_monitor(tmp_path, setting
     tx = gn.watch(optax.sgd(0.1), **settings)
     grads = {"b": jnp.full(2, 3.0), "w": jnp.ones((3, 2))}
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
-    with Monitor(PARAMS, log=tmp_path, **settings) as monitor:
+    with Monitor(PARAMS, dir=tmp_path, **settings) as monitor:
         monitor(state)
     history = load(tmp_path)
     np.testing.assert_allclose(history.global_norm("grad"), np.sqrt(24), rtol=1e-6)
@@ -159,7 +161,7 @@ def test_the_settings_of_watch_are_the_settings_of_the_monitor(tmp_path, setting
 
 
 def test_the_copy_of_a_drain_is_written_by_the_next_one(tmp_path):
-    monitor = Monitor(PARAMS, every=2, log=tmp_path)
+    monitor = Monitor(PARAMS, every=2, dir=tmp_path)
     written = []
     for rows in range(1, 6):
         monitor(state_after(rows, 8))
@@ -170,11 +172,11 @@ def test_the_copy_of_a_drain_is_written_by_the_next_one(tmp_path):
 
 
 def test_closing_twice_and_closing_at_once_write_nothing_more(tmp_path):
-    with Monitor(PARAMS, log=tmp_path) as monitor:
+    with Monitor(PARAMS, dir=tmp_path) as monitor:
         monitor(state_after(3, 8))
         monitor.close()
     assert len(list(tmp_path.glob("rows-*"))) == 1
-    Monitor(PARAMS, log=tmp_path / "unused").close()
+    Monitor(PARAMS, dir=tmp_path / "unused").close()
     with pytest.raises(ValueError, match="no rows yet"):
         load(tmp_path / "unused")
 
@@ -183,7 +185,7 @@ def test_a_last_state_that_was_donated_is_told_and_the_rest_is_kept(tmp_path):
     tx = gn.watch(optax.sgd(0.1))
     step = jax.jit(watched_step(tx), donate_argnums=(0, 1))
     params, state = step(copied(PARAMS), tx.init(PARAMS), 1.0)
-    monitor = Monitor(PARAMS, every=2, log=tmp_path)
+    monitor = Monitor(PARAMS, every=2, dir=tmp_path)
     for _ in range(3):
         monitor(state)
         params, state = step(params, state, 1.0)
@@ -193,16 +195,16 @@ def test_a_last_state_that_was_donated_is_told_and_the_rest_is_kept(tmp_path):
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    with Monitor(PARAMS, log=tmp_path) as monitor:
+    with Monitor(PARAMS, dir=tmp_path) as monitor:
         monitor(state_after(12, 16))
-    with Monitor(PARAMS, log=tmp_path, resume=True) as monitor:
+    with Monitor(PARAMS, dir=tmp_path, resume=True) as monitor:
         monitor(state_after(10, 16))  # from a checkpoint two steps before the end
         monitor(state_after(15, 16))
     assert load(tmp_path).steps.tolist() == list(range(15))
 
 
 def test_a_training_that_goes_back_keeps_what_counts(tmp_path):
-    with Monitor(PARAMS, every=1, log=tmp_path) as monitor:
+    with Monitor(PARAMS, every=1, dir=tmp_path) as monitor:
         for rows in (5, 10, 8, 12):
             monitor(state_after(rows, 6))
     assert load(tmp_path).steps.tolist() == list(range(12))
@@ -211,51 +213,51 @@ def test_a_training_that_goes_back_keeps_what_counts(tmp_path):
 def test_a_ring_on_every_device_is_read_from_one(tmp_path):
     mesh = jax.make_mesh((8,), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    with Monitor(PARAMS, every=1, log=tmp_path) as monitor:
+    with Monitor(PARAMS, every=1, dir=tmp_path) as monitor:
         monitor(jax.device_put(state_after(5, 8), everywhere))
     assert load(tmp_path).steps.tolist() == list(range(5))
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with Monitor(PARAMS, every=1, log=tmp_path / "run") as monitor:
+    with Monitor(PARAMS, every=1, dir=tmp_path / "run") as monitor:
         monitor(state_after(5, 8))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_state_that_is_not_watched_is_refused_at_the_first_call(tmp_path):
-    monitor = Monitor(PARAMS, log=tmp_path)
+    monitor = Monitor(PARAMS, dir=tmp_path)
     with pytest.raises(ValueError, match=r"no `WatchState` in a tuple.*watch\(optax"):
         monitor(optax.adam(0.1).init(PARAMS))
 
 
 def test_a_ring_with_other_columns_is_refused_at_the_first_call(tmp_path):
-    monitor = Monitor(PARAMS, log=tmp_path, record=("grad",))
+    monitor = Monitor(PARAMS, dir=tmp_path, record=("grad",))
     with pytest.raises(ValueError, match=r"6 columns.*shape \(8, 10\).*`record=`"):
         monitor(state_after(1, 8))
 
 
 def test_a_call_inside_jit_is_refused(tmp_path):
-    monitor = Monitor(PARAMS, log=tmp_path)
+    monitor = Monitor(PARAMS, dir=tmp_path)
     with pytest.raises(ValueError, match="inside `jit`"):
         jax.jit(monitor)(state_after(1, 8))
 
 
 def test_a_monitor_that_never_drains_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`Monitor\(every=...\)`.*got 0"):
-        Monitor(PARAMS, every=0, log=tmp_path)
+        Monitor(PARAMS, every=0, dir=tmp_path)
 
 
 def test_a_monitor_writes_the_report_of_its_run(tmp_path):
     page = tmp_path / "pages" / "report.html"
-    with Monitor(PARAMS, every=1, log=tmp_path / "run") as monitor:
+    with Monitor(PARAMS, every=1, dir=tmp_path / "run") as monitor:
         monitor(state_after(3, 8))
     monitor.report(page)
     assert page.read_text().startswith("<!DOCTYPE html>")
 
 
 def test_a_state_from_a_checkpoint_is_read_like_any_other(tmp_path):
-    with Monitor(PARAMS, every=1, log=tmp_path) as monitor:
+    with Monitor(PARAMS, every=1, dir=tmp_path) as monitor:
         monitor(jax.device_get(state_after(3, 8)))
     assert load(tmp_path).steps.tolist() == [0, 1, 2]
 
@@ -263,4 +265,4 @@ def test_a_state_from_a_checkpoint_is_read_like_any_other(tmp_path):
 @pytest.mark.parametrize("record", [("grads",), "grad"])
 def test_another_kind_of_record_is_refused(record, tmp_path):
     with pytest.raises(ValueError, match=r"Monitor\(record=...\)` must be a tuple"):
-        Monitor(PARAMS, log=tmp_path, record=record)
+        Monitor(PARAMS, dir=tmp_path, record=record)
