@@ -1,51 +1,69 @@
 """The report of a run: one HTML page that needs nothing else, and no network."""
 
 import os
+import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from gradnorm_jax.monitoring import charts, series
 from gradnorm_jax.monitoring.archive import write_whole
+from gradnorm_jax.monitoring.diagnosis import CODES, Finding, diagnose, explain
+from gradnorm_jax.monitoring.diagnosis.evidence import FEWEST_ROWS, WARMUP
 from gradnorm_jax.monitoring.history import History
 from gradnorm_jax.monitoring.rows import arrange
 from gradnorm_jax.monitoring.series import plain
 from gradnorm_jax.monitoring.style import CSS
 from gradnorm_jax.monitoring.summary import Part, Summary, summarize
 
+#: How many findings are told in full before the others are folded away.
+_MOST_FINDINGS = 12
 
-def report(history: History) -> str:
-    """Writes a run as a page of HTML: a summary, three pictures, a table of parts.
+
+def report(history: History, findings: Sequence[Finding] | None = None) -> str:
+    """Writes a run as a page of HTML: findings, three pictures, a table of parts.
 
     The page has no script and loads nothing. It is made for a phone, a screen and
-    paper, in light and dark.
+    paper, in light and dark. The findings are marked in the pictures.
 
     Args:
       history: The run, as `load` reads it.
+      findings: What to say of it; by default what `diagnose` finds.
 
     Returns:
       The page.
 
     Raises:
       ValueError: If no norms were recorded.
+
+    Example:
+      >>> rows = [[1.0, 2.0], [1.0, float("nan")]]
+      >>> page = report(History.from_rows(("grad/a", "grad/b"), [0, 1], rows))
+      >>> "no-findings" in page, "non-finite" in page
+      (False, True)
     """
     summary = summarize(history)
+    findings = diagnose(history) if findings is None else findings
     name = series.NAMES[series.main_kind(history)]
     sections = (
         _figure(
             f"The global {name} norm over time",
             "Logarithmic. A red bar is a step with a NaN or an inf, a gap is a step"
-            " without a row. The strip below shows how often the clip was at work.",
-            charts.trace(history),
+            " without a row. The bars on the right say how often the norm was how"
+            " large, the strip below how often the clip was at work.",
+            charts.trace(history, findings),
         ),
         _figure(
             f"The {name} norm of every part over time",
             _heat_caption(history),
-            charts.heat(history),
+            charts.heat(history, findings),
         ),
         _figure(
             "How the signal flows through the network",
             _flow_caption(history),
-            charts.flow(history),
+            charts.flow(history, findings),
         ),
     )
     return (
@@ -53,26 +71,114 @@ def report(history: History) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Gradient norms</title><style>{CSS}</style></head><body><main>"
         f'<h1>Gradient norms</h1><p class="lead">{_text(summary.sentence)}</p>'
-        f"{_key_figures(summary)}{''.join(sections)}{_parts(summary.parts)}"
+        f"{_key_figures(summary)}{_findings(findings, history)}"
+        f"{''.join(sections)}{_parts(summary.parts)}"
         "<footer>Norms are L2; gradients are measured before the clip. Written by"
         " gradnorm_jax.</footer></main></body></html>\n"
     )
 
 
-def write(history: History, path: str | os.PathLike) -> Path:
+def write(
+    history: History,
+    path: str | os.PathLike,
+    findings: Sequence[Finding] | None = None,
+) -> Path:
     """Writes the report of a run to a file.
 
     Args:
       history: The run, as `load` reads it.
       path: The file to write, such as `"report.html"`.
+      findings: What to say of it; by default what `diagnose` finds.
 
     Returns:
       The path of the file.
     """
     path = Path(path)
-    page = report(history).encode()
+    page = report(history, findings).encode()
     write_whole(path, lambda file: file.write(page))
     return path
+
+
+def _findings(findings: Sequence[Finding], history: History) -> str:
+    """Says each finding in full, and what a code means where it first occurs."""
+    if not findings:
+        return (
+            '<section class="findings" id="no-findings"><h2>No findings</h2>'
+            f"<p>{_text(_nothing_found(history))}</p></section>"
+        )
+    items, told = [], set()
+    for number, finding in enumerate(findings, 1):
+        explained = finding.code in CODES and finding.code not in told
+        told.add(finding.code)
+        items.append(_finding(finding, number, explained))
+    first, rest = items[:_MOST_FINDINGS], items[_MOST_FINDINGS:]
+    body = f"<ol>{''.join(first)}</ol>"
+    if rest:
+        body += f"<details><summary>{len(rest):,} more</summary>"
+        body += f'<ol start="{len(first) + 1}">{"".join(rest)}</ol></details>'
+    number = f"{len(findings):,} finding{'s' * (len(findings) != 1)}"
+    return f'<section class="findings" id="findings"><h2>{number}</h2>{body}</section>'
+
+
+def _nothing_found(history: History) -> str:
+    number = int(np.sum(history.steps >= WARMUP))
+    if number < FEWEST_ROWS:
+        return (
+            "Nothing was found, but the run is too short for most of what diagnose"
+            f" looks for: that takes {FEWEST_ROWS} steps after the first {WARMUP}."
+        )
+    return "Nothing that diagnose looks for was found in this run."
+
+
+def _finding(finding: Finding, number: int, explained: bool) -> str:
+    code = _text(finding.code)
+    if finding.code in CODES:
+        code = f'<a href="#{finding.code}">{code}</a>'
+    words = (
+        f'<li class="{finding.level}" id="finding-{number}"><h3>'
+        f"<b>{finding.level.capitalize()}</b> {code}"
+        f" <span>{_when(finding)}</span></h3>"
+        f'<p class="where">{_text(finding.place)}</p>'
+        f"<p>{_text(_sentence(finding.seen))}</p>"
+    )
+    for label, items in (("Likely", finding.likely), ("Try", finding.tries)):
+        if items:
+            joined = _text(_sentence("; or ".join(items)))
+            words += f'<p class="advice"><i>{label}</i> <span>{joined}</span></p>'
+    if len(finding.where) > 1:
+        names = ", ".join(map(_text, finding.where))
+        words += f"<details><summary>Its {len(finding.where):,} parts</summary>"
+        words += f"<p>{names}</p></details>"
+    if explained:
+        words += (
+            f'<details id="{finding.code}"><summary>What {finding.code} means</summary>'
+            f"{_prose(explain(finding.code))}</details>"
+        )
+    return words + "</li>"
+
+
+def _when(finding: Finding) -> str:
+    last = finding.last_step
+    if last is None or last == finding.step:
+        return f"step {finding.step:,}"
+    return f"steps {finding.step:,} to {last:,}"
+
+
+def _sentence(words: str) -> str:
+    """Ends words with a period; begins them large where that is no name or code."""
+    begin = re.match(r"[a-z]+ ", words)
+    return f"{words[0].upper() if begin else words[:1]}{words[1:]}."
+
+
+def _prose(text: str) -> str:
+    """Sets paragraphs, and lists whose lines begin with a dash."""
+    blocks = []
+    for block in re.split(r"\n\n|\n(?=Grounds:)", text):
+        lead, *items = re.split(r"^- ", block, flags=re.MULTILINE)
+        blocks.append(f"<p>{_text(lead)}</p>" if lead.strip() else "")
+        listed = "".join(f"<li>{_text(item)}</li>" for item in items)
+        blocks.append(f"<ul>{listed}</ul>" if items else "")
+    return "".join(blocks)
 
 
 def _figure(title: str, caption: str, body: str) -> str:
@@ -95,8 +201,10 @@ def _heat_caption(history: History) -> str:
 def _flow_caption(history: History) -> str:
     picture = series.flow(history)
     first, last = picture.steps
+    row = "block with the dots of its parts" if picture.rows.grouped else "part"
     caption = (
-        f"Medians over the steps {first:,} to {last:,}, the input on top. A norm that"
+        f"One row is one {row}: medians over the steps {first:,} to {last:,}, the input"
+        " on top. A norm that"
         " falls steadily toward the input vanishes; one that rises explodes. Zero is on"
         " the left edge, a NaN or an inf on the right edge."
     )

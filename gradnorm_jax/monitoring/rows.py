@@ -36,19 +36,57 @@ class Rows:
     def combine(self, norms: np.ndarray) -> np.ndarray:
         """Returns the norm of each row: [steps, parts] to float64 [steps, rows]."""
         norms = norms[:, self.order].astype(np.float64)
+        return np.sqrt(self._sums_of_squares(norms)) if self.grouped else norms
+
+    def largest(self, norms: np.ndarray) -> np.ndarray:
+        """Returns the largest norm of each row over the steps: float64 [rows]."""
         if not self.grouped:
-            return norms
-        return np.sqrt(np.add.reduceat(np.square(norms), self.starts, axis=1))
+            return norms.max(axis=0)[self.order].astype(np.float64)
+        squares = self._sums_of_squares(norms[:, self.order].astype(np.float64))
+        return np.sqrt(squares.max(axis=0))
+
+    def _sums_of_squares(self, norms: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(np.square(norms, out=norms), self.starts, axis=1)
+
+    def row_of(self) -> np.ndarray:
+        """Returns the row of each part, by its place in `order`."""
+        lengths = np.diff([*self.starts, len(self.order)])
+        return np.repeat(np.arange(len(self)), lengths)
+
+    def shifts(self) -> np.ndarray:
+        """Returns how far each part, by its place in `order`, is from its row's middle.
+
+        From -0.5 to 0.5 for the parts of a row, so that equal norms do not coincide.
+        """
+        lengths = np.diff([*self.starts, len(self.order)])
+        return np.concatenate([(np.arange(n) + 0.5) / n - 0.5 for n in lengths])
+
+    def blocks(self) -> list[tuple[str, int, int]]:
+        """Returns the name, the first row and the end of each run of rows of a block.
+
+        Example:
+          >>> arrange(["embed", "block_1/bias", "block_1/kernel"]).blocks()
+          [('embed', 0, 1), ('block_1', 1, 3)]
+        """
+        if self.grouped:
+            return [(label, r, r + 1) for r, label in enumerate(self.labels)]
+        found, start = [], 0
+        for block, labels in itertools.groupby(self.labels, key=block_of):
+            run = list(labels)
+            name = block if len(run) > 1 else run[0]
+            found.append((name, start, start + len(run)))
+            start += len(run)
+        return found
 
 
-def arrange(parts: Sequence[str]) -> Rows:
+def arrange(parts: Sequence[str], most_parts: int = MOST_ROWS) -> Rows:
     """Puts parts in the order of the network and groups them to at most 150 rows.
 
-    A row is a part; when these are too many it is a block, such as a layer; and when
-    the blocks are too many, neighbors share a row.
+    A row is a part; when these are more than `most_parts` it is a block, such as a
+    layer; and when the blocks are too many, neighbors share a row.
     """
     members = {parts[i]: [i] for i in network_order(parts)}
-    if len(members) > MOST_ROWS:
+    if len(members) > most_parts:
         members = _by_block(members)
     if len(members) > MOST_ROWS:
         members = _by_neighbor(members)

@@ -18,6 +18,9 @@ from gradnorm_jax.monitoring.rows import Rows, arrange
 
 MOST_BINS = 240
 LATE_STEPS = 128
+MOST_PARTS_IN_FLOW = 40
+LEVELS_OF_NORM = 36  # bars of the histogram
+_BLOCK = 64  # rows of a history that are in work at one time
 USUAL_RATIO = (1e-4, 1e-2)
 NAMES = {"grad": "gradient", "update": "update", "param": "parameter"}
 
@@ -117,7 +120,9 @@ class Trace:
     """The global norm, the limit and the share of steps clipped, bin by bin.
 
     `low`, `middle` and `high` are the 10th, 50th and 90th percentile, `top` is the
-    largest finite norm: NaN where there is none.
+    largest finite norm: NaN where there is none. `shares` says how many of all steps
+    have a norm in each stretch of the axis, 0 counted to the lowest and what is not
+    finite to the highest; `usual` is the 90th percentile of them all.
     """
 
     kind: str
@@ -131,6 +136,8 @@ class Trace:
     limit: np.ndarray
     clipped: np.ndarray
     axis: LogAxis
+    shares: np.ndarray
+    usual: float
 
     @property
     def clips(self) -> bool:
@@ -161,9 +168,13 @@ def trace(history: History) -> Trace:
         for line in (low, middle, high, top, limit)
     )
     axis = LogAxis.around(low, top, limit)
+    levels = np.minimum(axis.position(norms) * LEVELS_OF_NORM, LEVELS_OF_NORM - 1)
+    shares = np.bincount(levels.astype(int), minlength=LEVELS_OF_NORM) / len(norms)
+    usual = float(quantile(norms, 0.9))
     return Trace(
-        kind, bins, low, middle, high, top, nonfinite, zero, limit, clipped, axis
-    )
+        kind, bins, low, middle, high, top, nonfinite, zero, limit, clipped, axis,
+        shares, usual,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,20 +205,27 @@ def heat(history: History) -> Heat:
     largest = np.zeros((len(rows), len(bins)))
     recorded = np.zeros(len(bins), bool)
     for b, inside in enumerate(bins):
-        if inside.start < inside.stop:
-            largest[:, b] = rows.combine(norms[inside]).max(axis=0)
+        for start in range(inside.start, inside.stop, _BLOCK):
+            block = norms[start : min(start + _BLOCK, inside.stop)]
+            largest[:, b] = np.maximum(largest[:, b], rows.largest(block))
             recorded[b] = True
     shown = largest[(largest > 0) & np.isfinite(largest)]
-    ends = np.quantile(shown, [0.01, 0.995]) if len(shown) else []
-    return Heat(kind, bins, rows, largest, recorded, LogAxis.around(ends))
+    ends = np.quantile(shown, [0.01, 0.995]) if len(shown) else np.ones(2)
+    wide = ends[1] > 2 * ends[0]
+    axis = LogAxis(*ends.tolist()) if wide else LogAxis.around(ends)
+    return Heat(kind, bins, rows, largest, recorded, axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dots:
-    """One number for each row of parts, those that stand out, and the usual range."""
+    """One number for each row, one for each part in it, those that stand out.
+
+    `of_parts` and `offenders` are of parts in the order of the rows.
+    """
 
     title: str
     values: np.ndarray
+    of_parts: np.ndarray
     offenders: tuple[int, ...]  # the most striking first
     axis: LogAxis
     usual: tuple[float, float] | None = None
@@ -224,20 +242,26 @@ class Flow:
 
 def flow(history: History) -> Flow:
     """Computes the picture of the norms by depth, over the last 128 steps."""
-    kind, rows = main_kind(history), arrange(history.parts)
-    norms = quantile(rows.combine(history.norms(kind)[-LATE_STEPS:]), 0.5)
-    strange = np.flatnonzero((norms == 0) | np.isinf(norms))
+    kind, rows = main_kind(history), arrange(history.parts, MOST_PARTS_IN_FLOW)
+    late = history.norms(kind)[-LATE_STEPS:]
+    norms = quantile(rows.combine(late), 0.5)
+    of_parts = quantile(late[:, rows.order], 0.5)
+    strange = np.flatnonzero((of_parts == 0) | np.isinf(of_parts))
     title = f"{NAMES[kind]} norm".capitalize()
-    panels = [Dots(title, norms, tuple(strange.tolist()), LogAxis.around(norms))]
+    axis = LogAxis.around(norms, of_parts)
+    panels = [Dots(title, norms, of_parts, tuple(strange.tolist()), axis)]
     ratios = late_ratio(history, rows)
-    if ratios is not None:
-        axis = LogAxis.around(ratios, USUAL_RATIO)
+    of_parts = late_ratio(history)
+    if ratios is not None and of_parts is not None:
+        of_parts = of_parts[rows.order]
+        axis = LogAxis.around(ratios, of_parts, USUAL_RATIO)
         low, high = axis.position(np.array(USUAL_RATIO))
-        at = axis.position(ratios)
+        at = axis.position(of_parts)
         outside = np.maximum(low - at, at - high)
         order = np.argsort(-outside, kind="stable")
         offenders = tuple(order[outside[order] > 0].tolist())
-        panels.append(Dots("Update / parameter", ratios, offenders, axis, USUAL_RATIO))
+        title = "Update / parameter"
+        panels.append(Dots(title, ratios, of_parts, offenders, axis, USUAL_RATIO))
     steps = history.steps[-LATE_STEPS:]
     return Flow(rows, (int(steps[0]), int(steps[-1])), tuple(panels))
 
@@ -262,10 +286,11 @@ def late_ratio(history: History, rows: Rows | None = None) -> np.ndarray | None:
     return quantile(ratio(*late), 0.5)
 
 
-def quantile(values: np.ndarray, q: float) -> np.ndarray:
+def quantile(values: np.ndarray, q: float, axis: int = 0) -> np.ndarray:
     """Returns a value that is there, not one between two; a NaN counts as inf."""
-    values = np.where(np.isnan(values), np.inf, values).astype(np.float64)
-    return np.quantile(values, q, axis=0, method="nearest")
+    at = int(np.rint(q * (values.shape[axis] - 1)))
+    found = np.partition(values, at, axis=axis).take(at, axis=axis)  # NaNs come last
+    return np.where(np.isnan(found), np.inf, found).astype(np.float64)
 
 
 def share_clipped(fractions: np.ndarray) -> float:

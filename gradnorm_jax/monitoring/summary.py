@@ -9,6 +9,9 @@ from gradnorm_jax.monitoring.history import History
 from gradnorm_jax.monitoring.rows import network_order
 from gradnorm_jax.monitoring.series import plain
 
+#: How many norms are in work at one time.
+_AT_ONCE = 2**21
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyFigure:
@@ -139,25 +142,28 @@ def _nonfinite(history: History) -> tuple[int, str]:
 
 
 def _parts(history: History, kind: str) -> tuple[Part, ...]:
-    """Summarizes each part, one at a time, so that memory stays small."""
+    """Summarizes the parts, a few at a time, so that memory stays small."""
     norms, ratios = history.norms(kind), series.late_ratio(history)
-    parts = []
-    for i in network_order(history.parts):
-        column = norms[:, i]
-        finite = np.where(np.isfinite(column), column, -np.inf)
-        peak = int(finite.argmax())
-        parts.append(
-            Part(
+    at_once = int(np.clip(_AT_ONCE // len(history), 1, 16))
+    found: dict[int, Part] = {}
+    for start in range(0, len(history.parts), at_once):
+        columns = np.array(norms[:, start : start + at_once].T, order="C")  # a copy
+        bad = ~np.isfinite(columns)
+        medians = series.quantile(columns, 0.5, axis=1)
+        zeros, bads = (columns == 0).sum(axis=1), bad.sum(axis=1)
+        columns[bad] = -np.inf
+        for k, peak in enumerate(columns.argmax(axis=1).tolist()):
+            i = start + k
+            found[i] = Part(
                 name=history.parts[i],
-                median=float(series.quantile(column, 0.5)),
-                largest=float(column[peak]),
+                median=float(medians[k]),
+                largest=float(norms[peak, i]),
                 at_step=int(history.steps[peak]),
-                zero_steps=int(np.sum(column == 0)),
-                nonfinite_steps=int(np.sum(~np.isfinite(column))),
+                zero_steps=int(zeros[k]),
+                nonfinite_steps=int(bads[k]),
                 ratio=None if ratios is None else float(ratios[i]),
             )
-        )
-    return tuple(parts)
+    return tuple(found[i] for i in network_order(history.parts))
 
 
 def _and_more(names: list[str]) -> str:

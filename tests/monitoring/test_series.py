@@ -182,6 +182,30 @@ def test_a_quantile_is_never_a_nan_and_never_passes_one_over():
     assert [series.quantile(values, q) for q in (0.1, 0.5, 0.9)] == [1, 3, np.inf]
 
 
+@given(st.lists(st.floats(0, 1e30), min_size=1), st.floats(0, 1))
+def test_a_quantile_is_the_nearest_of_the_values(values, q):
+    expected = np.quantile(values, q, method="nearest")
+    assert series.quantile(np.array(values), q) == expected
+
+
+@pytest.mark.parametrize("number", [10, 400])
+def test_the_largest_of_a_row_is_that_of_its_norms(number):
+    norms = np.random.default_rng(0).exponential(size=(30, number)).astype(np.float32)
+    norms[3, 5] = np.nan
+    rows = arrange([f"layer_{i // 4}/w{i % 4}" for i in range(number)])
+    expected = rows.combine(norms).max(axis=0)
+    np.testing.assert_allclose(rows.largest(norms), expected, rtol=1e-7)
+
+
+def test_rows_know_their_parts_and_their_blocks():
+    rows = arrange(["embed", "layer_0/b", "layer_0/w", "layer_1/w"])
+    assert rows.row_of().tolist() == [0, 1, 2, 3]
+    assert rows.blocks() == [("embed", 0, 1), ("layer_0", 1, 3), ("layer_1/w", 3, 4)]
+    rows = arrange(["embed", "layer_0/b", "layer_0/w", "layer_1/w"], 2)
+    assert rows.row_of().tolist() == [0, 1, 1, 2]
+    assert rows.blocks() == [("embed", 0, 1), ("layer_0", 1, 2), ("layer_1", 2, 3)]
+
+
 def test_there_is_nothing_to_draw_without_norms():
     with pytest.raises(ValueError, match=r"nothing to draw .* `record=`"):
         series.main_kind(History.from_rows(["loss"], [0], [[1.0]]))

@@ -1,4 +1,7 @@
-"""Rules for what a clip does: it is always on, or never."""
+"""Rules for what a clip does: it is always on, or never.
+
+A clip goes by the norms of all parts, whatever parts the diagnosis ignores.
+"""
 
 # ruff: noqa: D417 - `rule` takes the first argument away
 
@@ -50,11 +53,11 @@ def clip_always(run: Evidence, *, share: float = 0.5) -> Iterator[Finding]:
     moves = high > 1.01 * low
     limit = f"limit {plain(low)}" + (f" to {plain(high)}" if moves else "")
     what = "steps" if np.isin(fractions, (0, 1)).all() else "norms"
-    seen = f"{percent(clipped)} of {what} were clipped (limit {percent(share)}), at a {limit},"
-    seen += f" in {several(len(rows), 'step')}"
+    seen = f"{percent(clipped)} of {what} were clipped (limit {percent(share)}),"
+    seen += f" at a {limit}, in {several(len(rows), 'step')}"
     tries: tuple[str, ...] = ("raise the limits until about 1 in 10 is clipped",)
     if run.grad is not None and _is_global(run, rows, limits, scales):
-        middle, most = np.quantile(run.totals["grad"][rows], [0.5, 0.9])
+        middle, most = np.quantile(run.global_norm("grad")[rows], [0.5, 0.9])
         seen += f"; the norm has median {plain(middle)} and 90th percentile"
         seen += f" {plain(most)}"
         tries = (f"a limit of {plain(most)}",)
@@ -81,9 +84,9 @@ def clip_always(run: Evidence, *, share: float = 0.5) -> Iterator[Finding]:
 def _is_global(run: Evidence, rows, limits, scales) -> bool:
     """Whether the scales are those of a clip of the norm of all parts together."""
     clipped = (scales > 0) & (scales < 1)
-    if run.ignored or not clipped.any():
+    if not clipped.any():
         return False
-    reached = run.totals["grad"][rows][clipped] * scales[clipped]
+    reached = run.global_norm("grad")[rows][clipped] * scales[clipped]
     return bool(np.median(np.abs(reached / limits[clipped] - 1)) < 0.01)
 
 
@@ -102,7 +105,7 @@ def clip_never(
         return
     if (run.scalars["clip/fraction"][rows] > 0).any():
         return
-    norms, limits = run.totals["grad"][rows], run.scalars["clip/limit"][rows]
+    norms, limits = run.global_norm("grad")[rows], run.scalars["clip/limit"][rows]
     if not (norms * margin < limits).all():
         return
     yield Finding(

@@ -118,9 +118,11 @@ def imbalance(
       share: The share of the square of the global norm that one part has,
       of_steps: in what share of the last steps.
     """
-    if run.grad is None or len(run.names) < 4 or not len(run.late):
+    if run.grad is None or not len(run.late):
         return
     squares = np.square(run.at("grad", run.late))
+    if np.count_nonzero(squares.any(axis=0)) < 4:  # the others are dead, not small
+        return
     total = squares.sum(axis=1)
     squares = squares[total > 0] / total[total > 0, None]
     if not len(squares):
@@ -147,9 +149,9 @@ def imbalance(
         value=middle,
         limit=share,
         seen=(
-            f"{percent(middle)} of the squared gradient norm (limit {percent(share)}) in"
-            f" {percent(often[leader])} of the last {several(len(squares), 'step')}, so"
-            f" {scaled}"
+            f"{percent(middle)} of the squared gradient norm (limit {percent(share)})"
+            f" in {percent(often[leader])} of the last {several(len(squares), 'step')},"
+            f" so {scaled}"
         ),
         likely=("a part of another scale, such as an embedding or a head",),
         tries=(

@@ -100,8 +100,10 @@ class Evidence(History):
     @functools.cached_property
     def finite(self) -> np.ndarray:
         """In which rows every norm is finite: bool [T]."""
-        finite = [np.isfinite(total) for total in self.totals.values()]
-        return np.logical_and.reduce(finite, initial=True) & np.ones(len(self), bool)
+        finite = np.ones(len(self), bool)
+        for total in self.totals.values():
+            finite &= np.isfinite(total)
+        return finite
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
@@ -175,6 +177,9 @@ def rule(
 
     @functools.wraps(search)
     def with_options(*args: P.args, **kwargs: P.kwargs) -> Rule:
+        if args and isinstance(args[0], History):
+            name = search.__name__
+            raise TypeError(f"`{name}` makes rules and is none. Call it: `{name}()`.")
         signature.bind(*args, **kwargs)  # so that a mistake shows here
 
         @functools.wraps(search)

@@ -126,7 +126,6 @@ def _findings(rule: Rule, evidence: Evidence) -> list[Finding]:
         raise TypeError(
             f"`diagnose(rules=...)`: the rule {name} returned {wrong[0]!r}, which is no"
             " `Finding`. A rule takes a `History` and returns findings, perhaps none."
-            f" If {name} makes rules, call it first: {name}()."
         )
     return found
 

@@ -100,8 +100,8 @@ What helps: nothing, if it is meant to be so: leave it out by ignore=.
     "imbalance": """
 One part alone makes up the global norm.
 
-Criterion: in more than 80 % of the last 128 steps one of at least 4 parts has more
-than 90 % of the squared gradient norm.
+Criterion: in more than 80 % of the last 128 steps one of at least 4 parts that have a
+gradient has more than 90 % of the squared gradient norm.
 Grounds: a clip of the global norm then scales all parts by what one of them does. The
 shares are this library's own; that ratios of layers differ by orders of magnitude is
 what LARS, AGC and AdaGC start from.
@@ -158,7 +158,8 @@ What helps: nothing has to be done.
 The parameters grow fast.
 
 Criterion: the norm of all parameters becomes more than 3 times as large within 300
-steps, warm-up included. Parameters that begin at 0 say nothing.
+steps, warm-up included; more than 100 times is a warning, since a run that diverged
+and stayed finite shows only here. Parameters that begin at 0 say nothing.
 Grounds: a far too large rate of Adam shows here, and not in ratio-high: the weights
 inflate at once. The factor is this library's own.
 

@@ -34,7 +34,7 @@ def dead(run: Evidence, *, rows: int = 50, at_start: int = 10) -> Iterator[Findi
       rows: How many recorded steps in a row.
       at_start: How many are enough for a part that never had a gradient.
     """
-    if run.grad is None:
+    if run.grad is None or not run.names:
         return
     total = run.totals["grad"]
     yield from _nothing(run, np.flatnonzero(np.isfinite(total)), rows)
@@ -116,9 +116,9 @@ def _dead_group(run: Evidence, live, group, spans, rows: int) -> Finding:
     else:
         seen = f"gradient exactly 0 since then, for {several(count, 'step')}"
         seen += f" (limit {rows})"
-    everything_below = group == list(range(len(group))) and len(group) > 1
-    if everything_below and len(group) < len(run.names):
-        seen += f"; that is everything before {run.names[len(group)]}"
+    alive = next((i for i in range(len(run.names)) if i not in group), 0)
+    if alive > 1:
+        seen += f"; with everything before {run.names[alive]}"
     if run.update is not None:
         updates = run.at("update", live[start:end][-RATIO_ROWS:], group)
         moves = np.flatnonzero((updates > 0).any(axis=0))
@@ -256,14 +256,15 @@ def ratio_low(run: Evidence, *, limit: float = 1e-5) -> Iterator[Finding]:
 
 @rule
 def param_growth(
-    run: Evidence, *, factor: float = 3.0, steps: int = 300
+    run: Evidence, *, factor: float = 3.0, warn: float = 100.0, steps: int = 300
 ) -> Iterator[Finding]:
     """Finds parameters that grow fast, as they do before a divergence: `param-growth`.
 
     The warm-up counts here: weights that inflate do so at once.
 
     Args:
-      factor: How many times the norm of all parameters grows,
+      factor: How many times the norm of all parameters grows to be told,
+      warn: and to be a warning: a run that diverged and stayed finite shows only here,
       steps: within how many steps.
     """
     if run.param is None:
@@ -275,25 +276,25 @@ def param_growth(
     stride = (run.step(rows[-1]) - run.step(rows[0])) / (len(rows) - 1)
     width = max(1, int(steps / stride)) + 1
     least = _running_minimum(norms, width)
-    with np.errstate(divide="ignore"):
-        growth = norms / least
+    growth = np.divide(norms, least, out=np.zeros(len(norms)), where=least > 0)
     at = int(growth.argmax())
     if not growth[at] > factor:
         return
     begin = max(0, at - width + 1)
     low = begin + int(norms[begin : at + 1].argmin())
     span = run.step(rows[at]) - run.step(rows[low])
+    limit = warn if growth[at] > warn else factor
     yield Finding(
         "param-growth",
-        "info",
+        "warning" if growth[at] > warn else "info",
         step=run.step(rows[low]),
         last_step=run.step(rows[at]),
         count=at - low,
         value=float(growth[at]),
-        limit=factor,
+        limit=limit,
         seen=(
             f"the norm of all parameters went from {plain(norms[low])} to"
-            f" {plain(norms[at])}, {plain(growth[at])}x (limit {plain(factor)}x) in"
+            f" {plain(norms[at])}, {plain(growth[at])}x (limit {plain(limit)}x) in"
             f" {several(span, 'step')}"
         ),
         likely=("the learning rate is too high", "a very small initialization"),

@@ -1,0 +1,1 @@
+"""One script for each framework: attach the record, train, read it."""
