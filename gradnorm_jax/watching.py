@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradnorm_jax import _sharding
+from gradnorm_jax import _sharding, _trees
 from gradnorm_jax._checks import check_transformation
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
@@ -109,11 +109,10 @@ def watch(
             )
         if value is not None:
             extra_args["value"] = value
-        parts = divided(updates)
         leaves = jax.tree.leaves(updates)
-        _sharding.check_averaged(
-            parts.names, leaves, parts.split, params, placement.caller
-        )
+        names = _trees.leaf_names(updates)
+        _sharding.check_averaged(names, leaves, params, placement)
+        parts = divided(updates)
         live = state.rows >= 0
         if "grad" in kinds:
             [extra_args["folded"]] = fold([(parts, leaves)], l2, live)

@@ -11,13 +11,14 @@ from gradnorm_jax._sharding.reading import (
     DistributedNormError,
     Placement,
     Split,
-    aligned,
     check_averaged,
     check_cut_is_known,
+    is_manual,
     is_on_one_device,
     placed,
     replicated,
     splits,
+    spread_like,
 )
 
 __all__ = [
@@ -25,15 +26,16 @@ __all__ = [
     "DistributedNormError",
     "Placement",
     "Split",
-    "aligned",
     "all_reduce",
     "check_averaged",
     "check_cut_is_known",
     "in_place",
+    "is_manual",
     "is_on_one_device",
     "own_block",
     "placed",
     "replicated",
     "splits",
+    "spread_like",
     "ways",
 ]
