@@ -168,7 +168,8 @@ def _stacked_sums(
     axes: tuple[int, ...], leaves: list[jax.Array], factors: jax.Array
 ) -> jax.Array:
     """Sums |factor x|^2 over the cells of leaves of one shape, laid end to end."""
-    stack = jnp.stack(leaves)
+    # Of a constant x, XLA makes (x * c)^2 into x^2 * c^2, and c^2 is infinite or 0.
+    stack = jnp.stack(jax.lax.optimization_barrier(leaves))
     shape = [n if k in axes else 1 for k, n in enumerate(leaves[0].shape)]
     factor = factors.reshape(len(leaves), *shape)
     summed = tuple(1 + k for k in range(leaves[0].ndim) if k not in axes)
