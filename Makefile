@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test test-meshes check bench docs clean
 
 demo: $(STAMP)  ## train a small network on real digits and write a report
 	$(BIN)/gradnorm demo
@@ -13,6 +13,9 @@ test: check  ## the one gate: format, lint, layers, types, tests
 
 check: $(STAMP)
 	scripts/gate $(BIN)
+
+test-meshes: $(STAMP)  ## the tests of sharding on every mesh; the gate runs a third of them
+	GRADNORM_EVERY_MESH=1 $(BIN)/python -m pytest -n auto -q tests/sharding
 
 bench: $(STAMP)  ## ratios to Optax on this machine
 	$(BIN)/python -m benchmarks

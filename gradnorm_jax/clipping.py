@@ -145,10 +145,10 @@ def clip_by_norm(
         del extra_args
         placement = Placement(axis_names, specs, "clip_by_norm(...).update(updates)")
         names, leaves, treedef = _trees.flatten(updates, placement.caller)
+        _sharding.check_averaged(names, leaves, params, placement)
         measured = norms is None or rule.needs_params
         layout = granularity.layout(updates, placement, measured=measured)
         _check_state(state, layout)
-        _sharding.check_averaged(names, leaves, layout.split, params, placement.caller)
 
         # MEASURE
         if norms is not None:
@@ -246,7 +246,7 @@ def _apply(
 
 
 def _unless(zero: jax.Array | None, x: jax.Array) -> jax.Array:
-    return x if zero is None else jnp.where(zero, 0, x)
+    return x if zero is None else jnp.where(_sharding.spread_like(zero, x), 0, x)
 
 
 def _given(norms: Any, layout: Layout) -> Measured:

@@ -119,9 +119,9 @@ def skip_step(
         check_state(state, SkipState, "skip_step")
         placement = Placement(axis_names, specs, "skip_step(...).update(updates)")
         names, leaves, _ = _trees.flatten(updates, placement.caller)
+        _sharding.check_averaged(names, leaves, params, placement)
         by_tree = whole_tree().layout
         layout = by_tree(updates, placement)
-        _sharding.check_averaged(names, leaves, layout.split, params, placement.caller)
         known = folded and folded.by_other_parts(layout, leaves, norm)
         trees = [] if known else [(layout, leaves)]
         if limits.needs_params:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradnorm_jax import _sharding
+from gradnorm_jax import _sharding, _trees
 from gradnorm_jax._checks import check_state, check_steps, check_transformation
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
@@ -114,12 +114,11 @@ def watch(
         _need("param" in record, params, "watch(...).update(params=...)")
         if value is not None:
             extra_args["value"] = value
+        leaves = jax.tree.leaves(updates)
+        names = _trees.leaf_names(updates)
+        _sharding.check_averaged(names, leaves, params, placement)
         parts = divided(updates)
         _check_columns(len(columns_of(parts, record)), state.ring.shape[1])
-        leaves = jax.tree.leaves(updates)
-        _sharding.check_averaged(
-            parts.names, leaves, parts.split, params, placement.caller
-        )
         live = state.step >= 0
         folded = None
         if every == 1 and "grad" in record:

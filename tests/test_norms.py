@@ -371,3 +371,14 @@ def test_a_large_leaf_that_is_lost_is_read_again_and_no_other_need_be():
         wanted = [reference.norm([column]) for column in x.T]
         np.testing.assert_allclose(units[name][0], wanted, rtol=1e-6)
     assert np.isnan(gn.global_norm(tree | {"bad": tree["plain"] * np.float32(np.nan)}))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 3e19])
+@pytest.mark.parametrize("size", [4, 2**17])
+def test_a_leaf_that_the_compiler_knows_has_its_norm(value, size):
+    def norms(x):
+        return gn.leaf_norms({"known": jnp.full(size, jnp.float32(value)), "x": x})
+
+    found = jax.jit(norms)(jnp.array([3.0, 4.0], jnp.float32))
+    expected = {"known": np.float32(value * math.sqrt(size)), "x": np.float32(5)}
+    chex.assert_trees_all_close(found, expected, rtol=2e-6)

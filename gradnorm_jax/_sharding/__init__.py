@@ -11,7 +11,6 @@ from gradnorm_jax._sharding.reading import (
     DistributedNormError,
     Placement,
     Split,
-    aligned,
     check_averaged,
     check_cut_is_known,
     is_manual,
@@ -19,6 +18,7 @@ from gradnorm_jax._sharding.reading import (
     placed,
     replicated,
     splits,
+    spread_like,
 )
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "DistributedNormError",
     "Placement",
     "Split",
-    "aligned",
     "all_reduce",
     "check_averaged",
     "check_cut_is_known",
@@ -37,5 +36,6 @@ __all__ = [
     "placed",
     "replicated",
     "splits",
+    "spread_like",
     "ways",
 ]

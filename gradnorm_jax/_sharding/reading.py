@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from gradnorm_jax import _trees
 from gradnorm_jax._sharding.collective import Axes, ways
@@ -119,17 +120,18 @@ def splits(
 def check_averaged(
     names: Sequence[str],
     leaves: Sequence[Any],
-    split: Sequence[Split],
     params: Tree | None,
-    caller: str,
+    placement: Placement,
 ) -> None:
     """Refuses gradients that differ where their parameters are replicated."""
-    if params is None or not split:
+    if params is None or not is_manual():
         return
+    caller = placement.caller
+    wanted = _wanted(placement.axis_names, caller)
     values = jax.tree.leaves(params)
     types = dict(zip(_trees.leaf_names(params), map(varying, values), strict=True))
-    for name, x, own in zip(names, leaves, split, strict=True):
-        over = varying(x) & set(own.axes)
+    for name, x in zip(names, leaves, strict=True):
+        over = varying(x) if wanted is AUTO else varying(x) & set(wanted)
         if extra := tuple(sorted(over - types.get(name, over))):
             raise DistributedNormError(
                 f"`{caller}`: gradient {name!r} differs across mesh axes {extra}, but"
@@ -157,22 +159,6 @@ def varying(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def aligned(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns the leaves with one type: varying wherever one of them varies.
-
-    JAX cannot batch a branch that some operands enter that vary and some that do not.
-    """
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if not manual:
-        return list(leaves)
-    union = _ordered(manual, *map(varying, leaves))
-    missing = [tuple(a for a in union if a not in varying(x)) for x in leaves]
-    return [
-        jax.lax.pcast(x, axes, to="varying") if axes else x
-        for x, axes in zip(leaves, missing, strict=True)
-    ]
-
-
 def is_manual() -> bool:
     """Whether this is inside of `shard_map`, where arrays are those of one device."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
@@ -184,20 +170,46 @@ def is_on_one_device(x: Any) -> bool:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """Returns an array of which every device of an Explicit mesh has all."""
+    """Returns an array of which every device has all, also where the compiler decides.
+
+    So a state that is made of it stays as `init` put it.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = set(sharding.mesh.axis_types)
+    if not x.ndim or not kinds or kinds == {AxisType.Manual}:
+        return x
+    everywhere = _everywhere(sharding.mesh, x)
+    if any(axes is not None for axes in sharding.spec):
+        return jax.reshard(x, everywhere)
+    if AxisType.Auto in kinds:
+        return jax.lax.with_sharding_constraint(x, everywhere)
+    return x
+
+
+def spread_like(flag: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns a condition for a choice between arrays such as `x`.
+
+    On Explicit axes it must be sharded as they are.
+    """
     sharding = jax.typeof(x).sharding
     if all(axes is None for axes in sharding.spec):
-        return x
-    return jax.reshard(x, jax.NamedSharding(sharding.mesh, jax.P()))
+        return flag
+    return jnp.broadcast_to(flag, x.shape, out_sharding=sharding)
 
 
-def placed(state: Tree, params: Tree, split: Sequence[Split] = ()) -> Tree:
+def _everywhere(mesh: Any, x: jax.Array) -> jax.NamedSharding:
+    # As JAX spells it in what a compiled function returns, or that compiles twice.
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    return jax.NamedSharding(mesh, jax.P(*[None] * x.ndim) if is_explicit else jax.P())
+
+
+def placed(state: Tree, params: Tree, split: Sequence[Split] | None = None) -> Tree:
     """Returns a new state, every array with a buffer of its own, where `params` are.
 
     A buffer that two arrays share cannot be donated. A state that is not on the mesh of
-    the parameters compiles the step twice: once more when it is. And inside `shard_map`
-    it differs across the mesh axes that no norm is reduced over, so that it can ride in
-    `scan` from the start.
+    the parameters compiles the step twice: once more when it is. And with `split`,
+    inside `shard_map`, it differs across the mesh axes that no norm is reduced over, so
+    that it can ride in `scan` from the start.
     """
     leaves = jax.tree.leaves(params)
     meshes = {
@@ -209,9 +221,10 @@ def placed(state: Tree, params: Tree, split: Sequence[Split] = ()) -> Tree:
     }
     state = jax.tree.map(jnp.copy, state)
     if len(meshes) == 1:
-        everywhere = jax.NamedSharding(meshes.pop(), jax.P())
-        state = jax.tree.map(lambda x: jax.device_put(x, everywhere), state)
-    if manual := jax.sharding.get_abstract_mesh().manual_axes:
+        [mesh] = meshes
+        state = jax.tree.map(lambda x: jax.device_put(x, _everywhere(mesh, x)), state)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual and split is not None:
         reduced = {axis for own in split for axis in own.axes}
         left = set().union(*map(varying, leaves)) - reduced
         if axes := _ordered(manual, left):
@@ -343,6 +356,12 @@ def _cut(
             " dimensions."
         )
     parts = [(a,) if isinstance(a, str) else tuple(a or ()) for a in spec]
+    known = jax.sharding.get_abstract_mesh().axis_names
+    if unknown := tuple(a for axes in parts for a in axes if a not in known):
+        raise ValueError(
+            f"`{caller}`: `specs` says {spec} of leaf {name!r}, but {unknown} is no"
+            f" axis of this mesh, whose axes are {known}."
+        )
     parts += [()] * (x.ndim - len(parts))
     return tuple(tuple(a for a in axes if a in manual) for axes in parts)
 

@@ -4,8 +4,9 @@ from gradnorm_jax.kernels._xla import (
     apart,
     fold_cells,
     scale,
+    seldom,
     square_sums,
     square_sums_again,
 )
 
-__all__ = ["apart", "fold_cells", "scale", "square_sums", "square_sums_again"]
+__all__ = ["apart", "fold_cells", "scale", "seldom", "square_sums", "square_sums_again"]

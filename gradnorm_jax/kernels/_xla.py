@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 
-from gradnorm_jax._sharding import is_on_one_device, replicated
+from gradnorm_jax._sharding import is_on_one_device, replicated, spread_like
 
 # On a CPU, XLA adds float16 numbers one at a time. Rows of this many, converted and
 # added to one another, are four times faster. Measured on 85 M entries.
@@ -70,18 +71,18 @@ def square_sums_again(
     sums, order = [], []
     for members in _alike(leaves, kept):
         cells = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
-        own = _taken(factors, cells)
+        own = factors[cells]
         stack = [leaves[i] for i in members]
-        read = functools.partial(_stacked_sums, stack, kept[members[0]], own)
+        read = functools.partial(_stacked_sums, kept[members[0]])
         if stack[0].size < _SMALL:
-            sums.append(read())
-        else:
-            skip = functools.partial(jnp.asarray, own)  # as good as any number
-            sums.append(jax.lax.cond(jnp.any(_taken(wanted, cells)), read, skip))
+            sums.append(read(stack, own))
+        else:  # what is not wanted may be any number
+            needed = jnp.any(wanted[cells])
+            sums.append(seldom(needed, read, lambda stack, own: own, stack, own))
         order.append(cells)
     if not sums:
         return jnp.zeros((0,), factors.dtype)
-    return _taken(jnp.concatenate(sums), np.argsort(np.concatenate(order)))
+    return jnp.concatenate(sums)[np.argsort(np.concatenate(order))]
 
 
 def scale(
@@ -94,7 +95,30 @@ def scale(
     """
     wide = np.promote_types(x.dtype, coarse.dtype)
     scaled = x.astype(wide) * coarse.astype(wide) * fine.astype(wide)
-    return jnp.where(keep, x, scaled.astype(x.dtype))
+    return jnp.where(spread_like(keep, x), x, scaled.astype(x.dtype))
+
+
+def seldom(
+    needed: jax.Array, rare: Callable[..., Any], usual: Callable[..., Any], *args: Any
+) -> Any:
+    """Returns `rare(*args)` where it is needed; it must be right where it is not, too.
+
+    Under `vmap`, where a branch would be computed for all anyway, there is none: JAX
+    chooses there between all that enters a branch, which fails on Explicit axes, and in
+    `shard_map` for what is the same on every device.
+    """
+
+    @custom_vmap
+    def choose(needed: jax.Array, *args: Any) -> Any:
+        return jax.lax.cond(needed, rare, usual, *args)
+
+    @choose.def_vmap
+    def _(size: int, batched: list, needed: jax.Array, *args: Any) -> tuple[Any, Any]:
+        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        result = jax.vmap(rare, tuple(in_axes[1:]), axis_size=size)(*args)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return choose(needed, *args)
 
 
 def apart(fun: Callable[..., Any], live: jax.Array, *args: Any) -> Any:
@@ -141,27 +165,29 @@ def _alike(
 
 
 def _stacked_sums(
-    leaves: list[jax.Array], axes: tuple[int, ...], factors: jax.Array
+    axes: tuple[int, ...], leaves: list[jax.Array], factors: jax.Array
 ) -> jax.Array:
     """Sums |factor x|^2 over the cells of leaves of one shape, laid end to end."""
-    stack = jnp.stack(leaves)
+    # Of a constant x, XLA makes (x * c)^2 into x^2 * c^2, and c^2 is infinite or 0.
+    stack = jnp.stack(jax.lax.optimization_barrier(leaves))
     shape = [n if k in axes else 1 for k, n in enumerate(leaves[0].shape)]
-    wide = np.promote_types(stack.dtype, factors.dtype)
-    factor = factors.reshape(len(leaves), *shape).astype(wide)
+    factor = factors.reshape(len(leaves), *shape)
     summed = tuple(1 + k for k in range(leaves[0].ndim) if k not in axes)
-    squares = _squares(stack.astype(wide) * factor, factors.dtype)
-    return _laid_out(jnp.sum(squares, summed))
+    return _laid_out(jnp.sum(_squares(stack, factors.dtype, factor), summed))
 
 
 def _laid_out(cells: jax.Array) -> jax.Array:
     return replicated(cells).reshape(-1)
 
 
-def _squares(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _squares(x: jax.Array, dtype: jnp.dtype, factor: Any = None) -> jax.Array:
+    """|factor x|^2; by parts, as the product of a complex infinity would be NaN."""
     if jnp.iscomplexobj(x):
-        real, imag = jnp.real(x).astype(dtype), jnp.imag(x).astype(dtype)
-        return real * real + imag * imag
+        real, imag = jnp.real(x), jnp.imag(x)
+        return _squares(real, dtype, factor) + _squares(imag, dtype, factor)
     x = x.astype(dtype)
+    if factor is not None:
+        x = x * factor
     return x * x
 
 
@@ -183,15 +209,6 @@ def _adds_one_by_one(x: jax.Array, axes: tuple[int, ...]) -> bool:
         and x.size >= 8 * _CHUNK
         and is_on_one_device(x)
     )
-
-
-def _taken(x: jax.Array, positions: np.ndarray) -> jax.Array:
-    """Takes entries; neighbors by a slice, which brings no constant into a branch."""
-    start = positions[0] if positions.size else 0
-    stop = start + positions.size
-    if np.array_equal(positions, np.arange(start, stop)):
-        return x[start:stop]
-    return x[positions]
 
 
 def _num_cells(x: jax.Array, axes: tuple[int, ...]) -> int:

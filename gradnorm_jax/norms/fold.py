@@ -207,11 +207,12 @@ def _square_sums_at_three_scales(leaves: Leaves, kept: Kept) -> jax.Array:
     plain = kernels.square_sums(leaves, kept, dtype)
     fragile = [_squares_can_leave(x, dtype) for x in leaves]
 
-    def trust() -> jax.Array:
+    def trust(leaves: Leaves, plain: jax.Array) -> jax.Array:
+        del leaves
         return _three_scales(plain, plain, jnp.zeros_like(plain, bool), scales)
 
     if not any(fragile):
-        return trust()
+        return trust(leaves, plain)
 
     shapes = _cell_shapes(leaves, kept)
     counts = [math.prod(shape) for shape in shapes]
@@ -220,15 +221,18 @@ def _square_sums_at_three_scales(leaves: Leaves, kept: Kept) -> jax.Array:
         for x, count, is_fragile in zip(leaves, counts, fragile, strict=True)
     ]
     floor = np.array(floors, dtype).repeat(counts)
-    tiny = plain < floor
-    lost = ~((plain >= floor) & (plain < jnp.inf))  # a NaN is lost too
 
-    def read_again() -> jax.Array:
+    def is_lost(plain: jax.Array) -> jax.Array:
+        return ~((plain >= floor) & (plain < jnp.inf))  # a NaN is lost too
+
+    def read_again(leaves: Leaves, plain: jax.Array) -> jax.Array:
+        tiny, lost = plain < floor, is_lost(plain)
         factors = jnp.where(tiny, scales.up, jnp.where(lost, scales.down, 1))
         again = kernels.square_sums_again(leaves, kept, factors.astype(dtype), lost)
         return _three_scales(plain, jnp.where(lost, again, plain), tiny, scales)
 
-    return jax.lax.cond(jnp.any(lost), read_again, trust)
+    needed = jnp.any(is_lost(plain))
+    return kernels.seldom(needed, read_again, trust, list(leaves), plain)
 
 
 def _three_scales(

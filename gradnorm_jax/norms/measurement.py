@@ -111,9 +111,7 @@ def _cells(
 ) -> list[jax.Array]:
     """What the norm keeps of every cell of every tree."""
     partials = [
-        norm.partial(
-            _sharding.aligned(leaves), [layout.kept[i] for i in layout.members]
-        )
+        norm.partial(leaves, [layout.kept[i] for i in layout.members])
         for layout, leaves in zip(layouts, trees, strict=True)
     ]
     if not any(layout.split for layout in layouts):

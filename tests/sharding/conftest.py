@@ -1,0 +1,63 @@
+"""What the tests of sharding share: meshes of every kind and every shape.
+
+There are too many to run all at each change. The gate runs a fixed share: of each test
+its first case, and a quarter of the others. With `GRADNORM_EVERY_MESH=1`, as in
+`make test-meshes`, all are run.
+"""
+
+import os
+import zlib
+
+import pytest
+
+from . import meshes
+
+
+def name_of(param):
+    kind, shape = param
+    return f"{kind}-{'x'.join(map(str, shape))}"
+
+
+@pytest.fixture(
+    params=[(kind, shape) for shape in meshes.SHAPES for kind in meshes.KINDS],
+    ids=name_of,
+)
+def every_mesh(request):
+    """A mesh with the axes "d" and "t", of each kind and of each shape."""
+    return meshes.mesh_of(*request.param)
+
+
+@pytest.fixture(
+    params=[
+        ("Auto", (4, 2)),
+        ("Explicit", (3, 2)),
+        ("Explicit", (8, 1)),
+        ("Auto", (1, 1)),
+    ],
+    ids=name_of,
+)
+def mesh(request):
+    """One of each shape, for what takes long to compile."""
+    return meshes.mesh_of(*request.param)
+
+
+@pytest.fixture(params=[("Auto", (4, 2)), ("Explicit", (3, 2))], ids=name_of)
+def wide_mesh(request):
+    """One of each kind that splits along both axes."""
+    return meshes.mesh_of(*request.param)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves cases out, unless all are asked for."""
+    if os.environ.get("GRADNORM_EVERY_MESH") or any("::" in x for x in config.args):
+        return
+    here = os.path.dirname(__file__)
+    seen, kept, left_out = set(), [], []
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        ours = str(item.path).startswith(here)
+        chosen = test not in seen or zlib.crc32(item.nodeid.encode()) % 4 == 0
+        (kept if chosen or not ours else left_out).append(item)
+        seen.add(test)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
