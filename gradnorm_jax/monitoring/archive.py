@@ -81,13 +81,13 @@ class Archive:
     def _check_that_it_can_go_on(self, resume: bool) -> None:
         if not resume:
             raise FileExistsError(
-                f"`Monitor(log={str(self.directory)!r})` already holds a run. Name"
+                f"`Monitor(dir={str(self.directory)!r})` already holds a run. Name"
                 " another directory, or go on with that run by `resume=True`."
             )
         recorded = _read_description(self.directory).columns
         if recorded != self.columns:
             raise ValueError(
-                f"`Monitor(log={str(self.directory)!r}, resume=True)`: that run has"
+                f"`Monitor(dir={str(self.directory)!r}, resume=True)`: that run has"
                 f" {len(recorded)} columns, this one {len(self.columns)};"
                 f" {_first_difference(recorded, self.columns)}. Name another directory"
                 " for another model or another `record=`."
@@ -107,7 +107,7 @@ def load(directory: str | os.PathLike) -> History:
     anew replace those that they repeat.
 
     Args:
-      directory: The directory that was given to `Monitor(log=...)`.
+      directory: The directory that was given to `Monitor(dir=...)`.
 
     Returns:
       All rows that were written, in the order of their steps.
@@ -161,12 +161,12 @@ def _read_description(directory: Path) -> _Description:
     if not directory.is_dir():
         raise FileNotFoundError(
             f"There is no directory {str(directory)!r}. Give the one that was given to"
-            " `Monitor(log=...)`."
+            " `Monitor(dir=...)`."
         )
     if not path.is_file():
         raise FileNotFoundError(
             f"{str(directory)!r} is not a run: a run has the files {RUN} and"
-            " rows-*.npz. Give the directory that was given to `Monitor(log=...)`."
+            " rows-*.npz. Give the directory that was given to `Monitor(dir=...)`."
         )
     try:
         description = json.loads(path.read_text())

@@ -108,7 +108,8 @@ class Monitor:
         self.every, self.rules, self.ignore = every, tuple(rules), tuple(ignore)
         self._warn = warn
         self._is_first = records.is_first_process()
-        self._log = as_writer(log) if log is not None and self._is_first else None
+        self._log = log if self._is_first else None
+        self._writer = None if self._log is None else as_writer(self._log)
         self._dir = None if dir is None else Path(dir)
         self._resume = resume
         self._columns: records.Columns | None = None
@@ -201,7 +202,7 @@ class Monitor:
           path: Where the page goes. After `close` it shows the whole run.
         """
         if self._is_first:
-            write(self.history, path)
+            write(self.history, path, self.findings())
 
     def to_dict(self) -> dict[str, np.ndarray]:
         """Returns every column by its name, and the steps as "step"."""
@@ -217,7 +218,7 @@ class Monitor:
     def to_pandas(self) -> Any:
         """Returns a pandas `DataFrame` with a row for each step."""
         try:
-            import pandas
+            import pandas  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise ImportError(
                 "`Monitor.to_pandas()` needs pandas: `pip install pandas`. Without it,"
@@ -243,8 +244,9 @@ class Monitor:
         if self._state is not None or self._stats:
             self._drain()
         self._take_in()
-        if self._log is not None:
-            self._log.close()
+        if self._writer is not None and self._writer is not self._log:
+            self._writer.close()
+        self._writer = None
 
     def __enter__(self) -> "Monitor":
         """Returns the monitor itself."""
@@ -261,7 +263,7 @@ class Monitor:
 
     def _repr_html_(self) -> str:
         """The report, in a frame of its own."""
-        page = escape(report(self.history))
+        page = escape(report(self.history, self.findings()))
         return f'<iframe srcdoc="{page}" style="width:100%;height:45em;border:0">'
 
     def _open(self, columns: records.Columns) -> None:
@@ -341,8 +343,8 @@ class Monitor:
         if "grad_norm/global_preclip" in metrics:
             largest = metrics["grad_norm/global_preclip"].max()
             scalars["grad_norm/global_preclip_max"] = float(largest)
-        assert self._log is not None
-        self._log.write(int(new.steps[-1]), scalars)
+        self._writer = self._writer or as_writer(self._log)
+        self._writer.write(int(new.steps[-1]), scalars)
 
     def _tell(self) -> None:
         """Tells the findings in the last rows that were not told lately."""

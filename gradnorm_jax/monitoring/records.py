@@ -27,11 +27,11 @@ class Columns(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """The rows of a ring, on their way to the host."""
+    """The rows of a ring, on their way to the host; of NumPy, from a checkpoint."""
 
-    ring: jax.Array
-    steps: jax.Array
-    rows: jax.Array
+    ring: Any
+    steps: Any
+    rows: Any
 
 
 def is_first_process() -> bool:
@@ -90,14 +90,16 @@ def find_ring(state: Any, num_columns: int) -> Copy:
         )
     watched = found[0]
     # Flax NNX keeps each array of a state in a variable.
-    arrays = [jax.tree.leaves(x) for x in (watched.ring, watched.steps, watched.rows)]
-    ring, steps, rows = (x[0] if x else None for x in arrays)
+    arrays: list[Any] = [
+        jax.tree.leaves(x) for x in (watched.ring, watched.steps, watched.rows)
+    ]
+    ring, steps, rows = (x[0] for x in arrays)
     if isinstance(ring, Tracer):
         raise ValueError(
             "`Monitor` was called inside `jit` or another transformation. Call it"
             " with the state that the compiled step returns."
         )
-    if ring is None or ring.ndim != 2 or ring.shape[1] != num_columns:
+    if ring.ndim != 2 or ring.shape[1] != num_columns:
         raise ValueError(
             f"`Monitor` expects a ring of {num_columns} columns for these"
             f" parameters, but the state has one of shape {np.shape(ring)}. Give"
