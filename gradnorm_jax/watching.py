@@ -1,5 +1,6 @@
 """A record of norms that rides in the optimizer's state: one ring, no host sync."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Tree
 from gradnorm_jax.norms.fold import l2
-from gradnorm_jax.norms.measurement import fold
+from gradnorm_jax.norms.measurement import fold, sharing
 from gradnorm_jax.telemetry import (
     KINDS,
     SCALARS,
@@ -114,19 +115,21 @@ def watch(
         _sharding.check_averaged(names, leaves, params, placement)
         parts = divided(updates)
         live = state.rows >= 0
-        if "grad" in kinds:
-            [extra_args["folded"]] = fold([(parts, leaves)], l2, live)
-        outgoing, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
+        grads = fold([(parts, leaves)] if "grad" in kinds else [], l2, live)
+        with contextlib.ExitStack() as stack:
+            for folded in grads:
+                stack.enter_context(sharing(folded))
+            outgoing, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
         trees = {"update": outgoing, "param": params}
         later = [kind for kind in kinds if kind in trees]
         found = fold(
             [(divided(trees[k]), jax.tree.leaves(trees[k])) for k in later], l2, live
         )
         measured = dict(zip(later, found, strict=True))
-        if "grad" in kinds:
-            measured["grad"] = extra_args["folded"]
+        if grads:
+            measured["grad"] = grads[0]
         row = [measured[kind].measured().norms.astype(jnp.float32) for kind in kinds]
         row.append(_scalars(inner_state, value))
         ring = _write(state.ring, state.rows, jnp.concatenate(row))

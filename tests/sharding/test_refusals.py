@@ -109,7 +109,7 @@ def test_its_ways_out_work(make, wide_mesh):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
-PER_REPLICA = r"gradient 'w' differs across wide_mesh axes \('d',\).*parameter.*pmean"
+PER_REPLICA = r"gradient 'w' differs across mesh axes \('d',\).*parameter.*pmean"
 
 
 def forgotten(make, mesh, *, averaged=False):
