@@ -1,4 +1,4 @@
-"""Clips on a mesh inside the wrappers of Optax, in ensembles, with states made inside."""
+"""Clips on a mesh, in the wrappers of Optax, in ensembles, with states made inside."""
 
 import jax
 import jax.numpy as jnp
