@@ -105,8 +105,9 @@ def clip_by_norm(
       ValueError: If ``threshold`` or ``eps`` is a negative number, or ``nonfinite`` no
         policy. By ``update``: if the rule needs ``params`` and gets none.
       TypeError: By ``init`` and ``update``: if a leaf is of an integer dtype.
-      DistributedNormError: By ``update``, inside ``shard_map``: if it cannot be known
-        how a leaf is split, or a gradient differs where its parameter is replicated.
+      DistributedNormError: Inside ``shard_map``: by ``update``, if it cannot be known
+        how a leaf is split, or a gradient differs where its parameter is replicated; by
+        ``init`` too, if ``specs`` do not agree with the types, or parts need them.
 
     Example:
       >>> clip = clip_by_norm(1.0)

@@ -73,7 +73,8 @@ def splits(
 ) -> tuple[Split, ...]:
     """Decides over which mesh axes each leaf is split; `()` where all are whole.
 
-    With `measured=False` no norm is about to be taken, and nothing is refused.
+    With `measured=False` no norm is about to be taken: an axis that is not bound, a sum
+    that is pending and types that are not tracked are no errors then.
     """
     caller = placement.caller or caller
     wanted = _wanted(placement.axis_names, caller)
@@ -199,7 +200,7 @@ def _wanted(axis_names: AxisNames, caller: str) -> Auto | Axes:
         return tuple(axis_names)
     raise TypeError(
         f"`{caller}`: `axis_names` must be `AUTO` or a tuple of names of mesh axes, got"
-        f" {axis_names!r}. `()` is for none."
+        f" {axis_names!r}. `()` is for none; a `jax.P(...)` belongs into `specs`."
     )
 
 
