@@ -14,7 +14,7 @@ test: check  ## the one gate: format, lint, layers, types, tests
 check: $(STAMP)
 	scripts/gate $(BIN)
 
-test-meshes: $(STAMP)  ## the tests of sharding on every mesh; the gate runs a third of them
+test-meshes: $(STAMP)  ## the tests of sharding on every mesh; the gate runs a share of them
 	GRADNORM_EVERY_MESH=1 $(BIN)/python -m pytest -n auto -q tests/sharding
 
 bench: $(STAMP)  ## ratios to Optax on this machine

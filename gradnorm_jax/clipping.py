@@ -17,7 +17,6 @@ from gradnorm_jax._typing import AUTO, AxisNames, Bound, Scalar, Tree
 from gradnorm_jax.norms.fold import Norm, accumulator, l2, linf
 from gradnorm_jax.norms.granularity import Granularity, whole_tree
 from gradnorm_jax.norms.measurement import (
-    Folded,
     Measured,
     first_nonfinite_leaf,
     fold,
@@ -106,8 +105,9 @@ def clip_by_norm(
       ValueError: If ``threshold`` or ``eps`` is a negative number, or ``nonfinite`` no
         policy. By ``update``: if the rule needs ``params`` and gets none.
       TypeError: By ``init`` and ``update``: if a leaf is of an integer dtype.
-      DistributedNormError: By ``update``, inside ``shard_map``: if it cannot be known
-        how a leaf is split, or a gradient differs where its parameter is replicated.
+      DistributedNormError: Inside ``shard_map``: by ``update``, if it cannot be known
+        how a leaf is split, or a gradient differs where its parameter is replicated; by
+        ``init`` too, if ``specs`` do not agree with the types, or parts need them.
 
     Example:
       >>> clip = clip_by_norm(1.0)
@@ -139,7 +139,6 @@ def clip_by_norm(
         params: Tree | None = None,
         *,
         norms: jax.Array | None = None,
-        folded: Folded | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, ClipState]:
         del extra_args
@@ -151,19 +150,14 @@ def clip_by_norm(
         _check_state(state, layout)
 
         # MEASURE
-        if norms is not None:
-            known = _given(norms, layout)
-        else:
-            shared = folded and folded.by_other_parts(layout, leaves, norm)
-            known = shared and shared.measured()
-        trees = [] if known else [(layout, leaves)]
+        trees = [(layout, leaves)] if norms is None else []
         if rule.needs_params:
             weights = needed(params, "clip_by_norm(...)")
             trees.append(
                 (granularity.layout(weights, placement), jax.tree.leaves(weights))
             )
         found = fold(trees, norm, state.step >= 0)
-        sizes, sound = known or found[0].measured()
+        sizes, sound = found[0].measured() if norms is None else _given(norms, layout)
         first_bad = first_nonfinite_leaf(layout, sound)
 
         # DECIDE
@@ -200,7 +194,11 @@ def clip_by_norm(
             first_nonfinite_leaf=first_bad,
         )
         step = jnp.asarray(optax.safe_increment(state.step))
-        return jax.tree.unflatten(treedef, clipped), ClipState(step, memory, metrics)
+        after_it = ClipState(step, memory, metrics)
+        return (
+            jax.tree.unflatten(treedef, clipped),
+            _sharding.placed_like(after_it, state),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

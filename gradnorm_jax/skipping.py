@@ -13,7 +13,7 @@ from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import AUTO, AxisNames, Scalar, Tree
 from gradnorm_jax.norms.fold import Norm, accumulator, l2
 from gradnorm_jax.norms.granularity import whole_tree
-from gradnorm_jax.norms.measurement import Folded, fold
+from gradnorm_jax.norms.measurement import fold, sharing
 from gradnorm_jax.telemetry import SkipMetrics, SkipState
 from gradnorm_jax.thresholds.memoryless import as_threshold, schedule
 from gradnorm_jax.thresholds.rule import Context, Threshold, learn, needed
@@ -105,7 +105,8 @@ def skip_step(
         placement = Placement(axis_names, specs, "skip_step(...).init(params)")
         layout = whole_tree().layout(params, placement, measured=False)
         state = _sharding.placed(state, params, layout.split)
-        return state._replace(inner_state=within.init(params))
+        inner_state = _sharding.varied(within.init(params), params, layout.split)
+        return state._replace(inner_state=inner_state)
 
     def update(
         updates: Tree,
@@ -113,7 +114,6 @@ def skip_step(
         params: Tree | None = None,
         *,
         value: Scalar | None = None,
-        folded: Folded | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, SkipState]:
         check_state(state, SkipState, "skip_step")
@@ -122,14 +122,12 @@ def skip_step(
         _sharding.check_averaged(names, leaves, params, placement)
         by_tree = whole_tree().layout
         layout = by_tree(updates, placement)
-        known = folded and folded.by_other_parts(layout, leaves, norm)
-        trees = [] if known else [(layout, leaves)]
+        trees = [(layout, leaves)]
         if limits.needs_params:
             weights = needed(params, "skip_step(...)")
             trees.append((by_tree(weights, placement), jax.tree.leaves(weights)))
         found = fold(trees, norm, state.step >= 0)
-        folded = known or found[0]
-        size = folded.measured().norms
+        size = found[0].measured().norms
         loss = _loss(value, value_rule)
         finite = jnp.isfinite(size) & jnp.isfinite(loss)
         own = found[-1].measured().norms if limits.needs_params else None
@@ -151,9 +149,10 @@ def skip_step(
 
         if value is not None:
             extra_args["value"] = value
-        outgoing, inner_state = within.update(
-            updates, state.inner_state, params, folded=folded, **extra_args
-        )
+        with sharing(found[0]):
+            outgoing, inner_state = within.update(
+                updates, state.inner_state, params, **extra_args
+            )
         outgoing = jax.tree.map(
             lambda x: jnp.where(skip, -jnp.zeros_like(x), x), outgoing
         )
@@ -172,13 +171,14 @@ def skip_step(
             let_through=let_through,
             finite=finite,
         )
-        return outgoing, SkipState(
+        after_it = SkipState(
             inner_state,
             jnp.asarray(optax.safe_increment(state.step)),
             learned(limits, state.memory, size, limit),
             learned(value_limits, state.value_memory, loss, value_limit),
             metrics,
         )
+        return outgoing, _sharding.placed_like(after_it, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

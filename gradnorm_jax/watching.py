@@ -14,7 +14,7 @@ from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Tree
 from gradnorm_jax.norms.fold import l2, linf, nonfinite, zeros
-from gradnorm_jax.norms.measurement import Folded, fold
+from gradnorm_jax.norms.measurement import fold, sharing
 from gradnorm_jax.telemetry import (
     DETAILS,
     KINDS,
@@ -47,8 +47,8 @@ def watch(
     Every update, or one of `every` updates, writes one row: the L2 norms of the
     gradients as they come in, of the updates as they go out, and of the parameters
     before the step, leaf by leaf; the loss, if `update` is given it as the extra
-    argument `value`; and what the outermost
-    clip inside `tx` did. `gradnorm_jax.monitoring.Monitor` reads the rows on the host.
+    argument `value`; and what the outermost clip inside `tx` did.
+    `gradnorm_jax.monitoring.Monitor` reads the rows on the host.
 
     Args:
       tx: Any optimizer or chain. Wrap it whole, clip and all.
@@ -74,11 +74,14 @@ def watch(
       - Nothing is filtered: a NaN, an infinity and an exact 0 are recorded as such.
       - What is measured of the gradients is measured once: a clip or a `skip_step` at
         the head of `tx` goes by the same sums. Inside `shard_map` the whole record
-        costs two collectives, and it is the same on every device.
+        costs two collectives, and one more for each of the three details on request;
+        it is the same on every device.
+      - A step that is not recorded costs nothing, but inside `shard_map`, where a
+        branch could leave devices waiting for each other.
 
     Raises:
-      ValueError: If `window` is below 1, or `record` is empty or holds another word.
-        By `update`: if parameters are to be recorded and `params` is not given.
+      ValueError: If `window` or `every` is below 1, or `record` is empty or holds
+        another word. By `update`: if parameters are to be recorded and `params` is not given.
 
     Example:
       >>> tx = watch(optax.sgd(0.5), window=2, record=("grad", "update"))
@@ -120,20 +123,18 @@ def watch(
         parts = divided(updates)
         _check_columns(len(columns_of(parts, record)), state.ring.shape[1])
         live = state.step >= 0
-        folded = None
-        if every == 1 and "grad" in record:
-            [folded] = fold([(parts, leaves)], l2, live)
-            extra_args["folded"] = folded
-        outgoing, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        trees = {"grad": updates, "update": outgoing, "param": params}
+        shared = every == 1 and "grad" in record
+        with sharing(*fold([(parts, leaves)] if shared else [], l2, live)):
+            outgoing, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+            trees = {"grad": updates, "update": outgoing, "param": params}
 
-        def row() -> jax.Array:
-            norms = _norms(trees, record, divided, live, folded)
-            return jnp.concatenate([*norms, _scalars(inner_state, value)])
+            def row() -> jax.Array:
+                norms = _norms(trees, record, divided, live)
+                return jnp.concatenate([*norms, _scalars(inner_state, value)])
 
-        return outgoing, _written(state, inner_state, row, every)
+            return outgoing, _written(state, inner_state, row, every)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -298,21 +299,17 @@ def _norms(
     record: tuple[str, ...],
     divided: Callable[[Tree], Layout],
     live: jax.Array | None = None,
-    folded: Folded | None = None,
 ) -> list[jax.Array]:
-    """The norms to record, kind by kind; `folded` are the gradients, if known."""
-    kinds = [kind for kind in KINDS if kind in record]
-    later = [kind for kind in kinds if kind != "grad" or folded is None]
-    found = fold(
-        [(divided(trees[k]), jax.tree.leaves(trees[k])) for k in later], l2, live
-    )
-    of = dict(zip(later, found, strict=True)) | ({"grad": folded} if folded else {})
-    for kind in DETAILS:
-        if kind in record:
-            tree = (divided(trees["grad"]), jax.tree.leaves(trees["grad"]))
-            [of[kind]] = fold([tree], _FOLDS[kind], live)
-            kinds.append(kind)
-    return [of[kind].measured().norms.astype(jnp.float32) for kind in kinds]
+    """The norms to record, kind by kind, and the details of the gradients."""
+
+    def tree(kind: str) -> tuple[Layout, list[jax.Array]]:
+        return divided(trees[kind]), jax.tree.leaves(trees[kind])
+
+    found = fold([tree(kind) for kind in KINDS if kind in record], l2, live)
+    for detail in DETAILS:
+        if detail in record:
+            found += fold([tree("grad")], _FOLDS[detail], live)
+    return [folded.measured().norms.astype(jnp.float32) for folded in found]
 
 
 def _written(

@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -157,3 +158,16 @@ def test_a_reset_may_be_injected():
     history, _ = run(injected, GRADS)
     expected, _ = run(make(every=3, warmup_steps=2), GRADS)
     chex.assert_trees_all_close(history, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrapper", [gn.watch, gn.skip_step])
+def test_what_is_measured_once_is_no_argument_of_other_transformations(wrapper):
+    def loss(x):
+        return jnp.sum(x**2)
+
+    x = jnp.ones(3)
+    value, grad = jax.value_and_grad(loss)(x)
+    tx = wrapper(optax.chain(gn.clip_by_global_norm(1.0), optax.lbfgs()))
+    state = tx.init(x)
+    updates, _ = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+    assert jnp.all(updates < 0)

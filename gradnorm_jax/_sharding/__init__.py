@@ -7,6 +7,13 @@ from gradnorm_jax._sharding.collective import (
     own_block,
     ways,
 )
+from gradnorm_jax._sharding.placing import (
+    placed,
+    placed_like,
+    replicated,
+    spread_like,
+    varied,
+)
 from gradnorm_jax._sharding.reading import (
     DistributedNormError,
     Placement,
@@ -15,10 +22,7 @@ from gradnorm_jax._sharding.reading import (
     check_cut_is_known,
     is_manual,
     is_on_one_device,
-    placed,
-    replicated,
     splits,
-    spread_like,
 )
 
 __all__ = [
@@ -34,8 +38,10 @@ __all__ = [
     "is_on_one_device",
     "own_block",
     "placed",
+    "placed_like",
     "replicated",
     "splits",
     "spread_like",
+    "varied",
     "ways",
 ]

@@ -6,14 +6,10 @@ along which the shards differ. This is the one place that reads these types.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import AxisType
 
 from gradnorm_jax import _trees
 from gradnorm_jax._sharding.collective import Axes, ways
@@ -77,7 +73,8 @@ def splits(
 ) -> tuple[Split, ...]:
     """Decides over which mesh axes each leaf is split; `()` where all are whole.
 
-    With `measured=False` no norm is about to be taken, and nothing is refused.
+    With `measured=False` no norm is about to be taken: an axis that is not bound, a sum
+    that is pending and types that are not tracked are no errors then.
     """
     caller = placement.caller or caller
     wanted = _wanted(placement.axis_names, caller)
@@ -95,17 +92,20 @@ def splits(
         cuts = [
             _cut(spec, x, manual, name, caller)
             for spec, x, name in zip(
-                _each_spec(placement.specs, tree, caller), leaves, names, strict=True
+                _each_spec(placement.specs, tree, names, caller),
+                leaves,
+                names,
+                strict=True,
             )
         ]
     untracked = _untracked(manual)
     if not untracked:
-        axes = [_ordered(manual, varying(x)) for x in leaves]
+        axes = [ordered(manual, varying(x)) for x in leaves]
         _check_agrees(names, axes, cuts, caller)
     elif placement.specs is not None:
-        axes = [_ordered(manual, *(cut or ())) for cut in cuts]
+        axes = [ordered(manual, *(cut or ())) for cut in cuts]
     elif wanted is not AUTO:
-        axes = [_ordered(manual, wanted)] * len(leaves)
+        axes = [ordered(manual, wanted)] * len(leaves)
     elif measured and leaves:
         raise DistributedNormError(_untracked_message(untracked, names, caller))
     else:
@@ -128,8 +128,8 @@ def check_averaged(
         return
     caller = placement.caller
     wanted = _wanted(placement.axis_names, caller)
-    values = jax.tree.leaves(params)
-    types = dict(zip(_trees.leaf_names(params), map(varying, values), strict=True))
+    named = zip(_trees.leaf_names(params), jax.tree.leaves(params), strict=True)
+    types = {name: varying(x) for name, x in named if hasattr(x, "dtype")}
     for name, x in zip(names, leaves, strict=True):
         over = varying(x) if wanted is AUTO else varying(x) & set(wanted)
         if extra := tuple(sorted(over - types.get(name, over))):
@@ -169,70 +169,6 @@ def is_on_one_device(x: Any) -> bool:
     return jax.typeof(x).sharding.mesh.empty
 
 
-def replicated(x: jax.Array) -> jax.Array:
-    """Returns an array of which every device has all, also where the compiler decides.
-
-    So a state that is made of it stays as `init` put it.
-    """
-    sharding = jax.typeof(x).sharding
-    kinds = set(sharding.mesh.axis_types)
-    if not x.ndim or not kinds or kinds == {AxisType.Manual}:
-        return x
-    everywhere = _everywhere(sharding.mesh, x)
-    if any(axes is not None for axes in sharding.spec):
-        return jax.reshard(x, everywhere)
-    if AxisType.Auto in kinds:
-        return jax.lax.with_sharding_constraint(x, everywhere)
-    return x
-
-
-def spread_like(flag: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns a condition for a choice between arrays such as `x`.
-
-    On Explicit axes it must be sharded as they are.
-    """
-    sharding = jax.typeof(x).sharding
-    if all(axes is None for axes in sharding.spec):
-        return flag
-    return jnp.broadcast_to(flag, x.shape, out_sharding=sharding)
-
-
-def _everywhere(mesh: Any, x: jax.Array) -> jax.NamedSharding:
-    # As JAX spells it in what a compiled function returns, or that compiles twice.
-    is_explicit = AxisType.Explicit in mesh.axis_types
-    return jax.NamedSharding(mesh, jax.P(*[None] * x.ndim) if is_explicit else jax.P())
-
-
-def placed(state: Tree, params: Tree, split: Sequence[Split] | None = None) -> Tree:
-    """Returns a new state, every array with a buffer of its own, where `params` are.
-
-    A buffer that two arrays share cannot be donated. A state that is not on the mesh of
-    the parameters compiles the step twice: once more when it is. And with `split`,
-    inside `shard_map`, it differs across the mesh axes that no norm is reduced over, so
-    that it can ride in `scan` from the start.
-    """
-    leaves = jax.tree.leaves(params)
-    meshes = {
-        x.sharding.mesh
-        for x in leaves
-        if isinstance(x, jax.Array)
-        and not isinstance(x, Tracer)
-        and isinstance(x.sharding, jax.NamedSharding)
-    }
-    state = jax.tree.map(jnp.copy, state)
-    if len(meshes) == 1:
-        [mesh] = meshes
-        state = jax.tree.map(lambda x: jax.device_put(x, _everywhere(mesh, x)), state)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if manual and split is not None:
-        reduced = {axis for own in split for axis in own.axes}
-        left = set().union(*map(varying, leaves)) - reduced
-        if axes := _ordered(manual, left):
-            pcast = functools.partial(jax.lax.pcast, axis_name=axes, to="varying")
-            state = jax.tree.map(pcast, state)
-    return state
-
-
 def _limited(
     axes: Axes,
     cut: tuple[Axes, ...] | None,
@@ -264,7 +200,7 @@ def _wanted(axis_names: AxisNames, caller: str) -> Auto | Axes:
         return tuple(axis_names)
     raise TypeError(
         f"`{caller}`: `axis_names` must be `AUTO` or a tuple of names of mesh axes, got"
-        f" {axis_names!r}. `()` is for none."
+        f" {axis_names!r}. `()` is for none; a `jax.P(...)` belongs into `specs`."
     )
 
 
@@ -327,22 +263,29 @@ def _check_reduced(x: Any, name: str, caller: str) -> None:
         )
 
 
-def _each_spec(specs: Tree, tree: Tree, caller: str) -> list:
+def _each_spec(
+    specs: Tree, tree: Tree, names: Sequence[str], caller: str
+) -> list[jax.P]:
+    """The spec of each leaf: its own, or that of the branch that it is in."""
     is_spec = lambda x: isinstance(x, jax.P)  # noqa: E731
-    try:
-        spread = jax.tree.broadcast(specs, tree, is_leaf=is_spec)
-    except ValueError as error:
-        raise ValueError(
-            f"`{caller}`: `specs` must be a prefix of the tree of gradients, one"
-            f" `jax.P(...)` for all or one for each branch or leaf: {error}"
-        ) from error
-    found = jax.tree.leaves(spread, is_leaf=is_spec)
-    for spec in found:
+    known = dict(jax.tree.leaves_with_path(specs, is_leaf=is_spec))
+    for spec in known.values():
         if not is_spec(spec):
             raise TypeError(
                 f"`{caller}`: `specs` must be a tree of `jax.P(...)`, as `in_specs` of"
                 f" `jax.shard_map` is, got {spec!r}."
             )
+    found = []
+    for name, (path, _) in zip(names, jax.tree.leaves_with_path(tree), strict=True):
+        branches = (path[:n] for n in range(len(path), -1, -1))
+        spec = next((known[branch] for branch in branches if branch in known), None)
+        if spec is None:
+            raise ValueError(
+                f"`{caller}`: `specs` says nothing of leaf {name!r}. It must be a"
+                " prefix of the tree of gradients: a `jax.P(...)` for each leaf, or"
+                " for a branch; `jax.P()` for what is not split."
+            )
+        found.append(spec)
     return found
 
 
@@ -386,7 +329,7 @@ def _check_agrees(
             )
 
 
-def _ordered(manual: Axes, *axes: Any) -> Axes:
+def ordered(manual: Axes, *axes: Any) -> Axes:
     """Those of some axes that are manual, in the order of the mesh."""
     named = set().union(*axes)
     return tuple(axis for axis in manual if axis in named)

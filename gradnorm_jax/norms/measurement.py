@@ -1,9 +1,11 @@
 """One measurement: the cells of trees, folded over all devices, and their norms."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -25,11 +27,6 @@ class Measured(NamedTuple):
     sound: jax.Array | np.ndarray
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("leaves", "cells"),
-    meta_fields=("layout", "norm"),
-)
 @dataclasses.dataclass(frozen=True)
 class Folded:
     """What a norm keeps of the cells of a tree, folded over all devices.
@@ -51,7 +48,7 @@ class Folded:
         compute = _finished if self.norm.slope is None else _measured
         return compute(self.norm, self.layout, self.cells, self.leaves)
 
-    def by_other_parts(
+    def for_layout(
         self, layout: Layout, leaves: Sequence[jax.Array], norm: Norm
     ) -> "Folded | None":
         """Returns the same cells for another layout of the same arrays, if they fit."""
@@ -65,6 +62,23 @@ class Folded:
         return None
 
 
+#: What was folded by transformations around the one that is at work.
+_SHARED: ContextVar[tuple[Folded, ...]] = ContextVar("shared", default=())
+
+
+@contextlib.contextmanager
+def sharing(*folded: Folded) -> Iterator[None]:
+    """Lets `fold` take, of these same arrays, the cells that are known.
+
+    Not by an argument of `update`, which Optax would hand on to functions of users.
+    """
+    token = _SHARED.set((*_SHARED.get(), *folded))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 def fold(
     trees: Sequence[tuple[Layout, Sequence[jax.Array]]],
     norm: Norm,
@@ -74,19 +88,26 @@ def fold(
 
     With `live`, as :func:`kernels.apart` takes it, apart from what uses the norms.
     """
-    layouts = tuple(layout for layout, _ in trees)
+    known = [_known(layout, leaves, norm) for layout, leaves in trees]
+    rest = [tree for tree, own in zip(trees, known, strict=True) if own is None]
+    layouts = tuple(layout for layout, _ in rest)
     members = tuple(
-        tuple(jnp.asarray(leaves[i]) for i in layout.members)
-        for layout, leaves in trees
+        tuple(jnp.asarray(leaves[i]) for i in layout.members) for layout, leaves in rest
     )
     # The derivative is that of `_measured`, unless it is to be found step by step.
     values = members if norm.slope is None else jax.lax.stop_gradient(members)
     compute = functools.partial(_cells, norm, layouts)
     cells = compute(values) if live is None else kernels.apart(compute, live, values)
-    return [
+    computed = iter(
         Folded(leaves, own, layout, norm)
         for leaves, own, layout in zip(members, cells, layouts, strict=True)
-    ]
+    )
+    return [next(computed) if own is None else own for own in known]
+
+
+def _known(layout: Layout, leaves: Sequence[jax.Array], norm: Norm) -> Folded | None:
+    fitting = (folded.for_layout(layout, leaves, norm) for folded in _SHARED.get())
+    return next((folded for folded in fitting if folded is not None), None)
 
 
 def measure(layout: Layout, leaves: Sequence[jax.Array], norm: Norm) -> Measured:

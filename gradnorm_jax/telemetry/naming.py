@@ -174,7 +174,7 @@ def scalars(state: Tree) -> dict[str, Any]:
         for position, metrics in enumerate(found, start=1):
             prefix = "" if position == 1 else f"{name}{position}/"
             record |= {prefix + key: x for key, x in _flat(metrics, xp).items()}
-    return record if traced else {key: x.item() for key, x in record.items()}
+    return record if traced else {k: record[k].item() for k in sorted(record)}
 
 
 def _flat(metrics: ClipMetrics | SkipMetrics, xp: Any) -> dict[str, Any]:

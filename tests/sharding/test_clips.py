@@ -113,12 +113,14 @@ def assert_close(got, want):
         )
 
 
-def assert_led_alike(run, mesh, granularity, clips):
+def assert_led_alike(run, mesh, granularity, clips, *, under_jit=False):
     params = put(mesh, tree(9), SPECS)
     grads = put(mesh, stream(), STREAM_SPECS)
     states, updates = run(params, init(clips, params), grads)
     want_states, want_updates = unsharded(granularity)
-    assert_close(agreed(states), {name: want_states[name] for name in clips})
+    # What a loop under `jit` hands out may be split: the compiler decides.
+    states = jax.device_get(states) if under_jit else agreed(states)
+    assert_close(states, {name: want_states[name] for name in clips})
     want_updates = {name: want_updates[name] for name in clips}
     assert_close(jax.device_get(updates), want_updates)
     for of_rule in updates.values():
@@ -153,7 +155,8 @@ def test_it_does_so_with_specs_where_nothing_is_checked(granularity):
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_it_does_so_under_jit(granularity, kind):
     mesh, clips = mesh_of(kind, (4, 2)), clips_of(granularity, SOME)
-    assert_led_alike(jax.jit(led_along(clips)), mesh, granularity, clips)
+    run = jax.jit(led_along(clips))
+    assert_led_alike(run, mesh, granularity, clips, under_jit=True)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])

@@ -82,28 +82,25 @@ def test_vmap_inside_shard_map_measures_each_example_over_all_devices(mesh, axis
     np.testing.assert_allclose(norms, each_example(plain), rtol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "check_vma",
-    [
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                reason="where shard_map checks types, JAX cannot sum a vmapped axis"
-            ),
-        ),
-        False,
-    ],
-)
-def test_a_vmapped_axis_that_is_named_inside_shard_map_is_summed_over(check_vma):
+def a_sum_over_examples_too(check_vma):
     mesh, spec = mesh_of("Auto", (3, 2)), P(None, "d", "t")
     plain = np.random.default_rng(0).normal(size=(EXAMPLES, 6, 4)).astype(np.float32)
     measure = functools.partial(gn.global_norm, axis_names=("examples", "d", "t"))
-    run = jax.vmap(measure, axis_name="examples")
-    norms = mapped(run, mesh, spec, check_vma=check_vma)(
-        put(mesh, {"x": plain}, {"x": spec})["x"]
+    run = mapped(
+        jax.vmap(measure, axis_name="examples"), mesh, spec, check_vma=check_vma
     )
+    return plain, run(put(mesh, {"x": plain}, {"x": spec})["x"])
+
+
+def test_a_vmapped_axis_that_is_named_inside_shard_map_is_summed_over():
+    plain, norms = a_sum_over_examples_too(check_vma=False)
     want = reference.norm([plain])
     np.testing.assert_allclose(agreed(norms), [want] * EXAMPLES, rtol=2e-6)
+
+
+def test_it_is_refused_where_jax_cannot_sum_over_it():
+    with pytest.raises(gn.DistributedNormError, match=r"\('examples',\) of `jax.vmap`"):
+        a_sum_over_examples_too(check_vma=True)
 
 
 def test_vmap_of_shard_map_measures_each_example_over_all_devices(mesh):

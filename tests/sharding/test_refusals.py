@@ -109,7 +109,7 @@ def test_its_ways_out_work(make, wide_mesh):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
-PER_REPLICA = r"gradient 'w' differs across wide_mesh axes \('d',\).*parameter.*pmean"
+PER_REPLICA = r"gradient 'w' differs across mesh axes \('d',\).*parameter.*pmean"
 
 
 def forgotten(make, mesh, *, averaged=False):
@@ -354,3 +354,27 @@ def test_under_jit_specs_are_not_looked_at():
     clip = gn.clip_by_global_norm(1.0, specs=SPECS)
     _, state = jax.jit(clip.update)(TREE, clip.init(TREE), TREE)
     np.testing.assert_allclose(state.metrics.norms, NORM, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (P("d", None, "t"), r"'w', which has only 2 dimensions"),
+        (P("d", "x"), r"\('x',\) is no axis of this mesh.*\('d', 't'\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_spec_that_no_leaf_of_this_mesh_can_have_is_refused(spec, words, check_vma):
+    def norm(w):
+        return gn.global_norm({"w": w}, specs={"w": spec})
+
+    run = jax.shard_map(
+        norm,
+        mesh=mesh_of("Auto", (4, 2)),
+        in_specs=P("d"),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(run, jax.ShapeDtypeStruct((8, 2), np.float32))

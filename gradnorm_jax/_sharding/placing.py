@@ -1,0 +1,93 @@
+"""Where arrays are put: a state on the mesh of its parameters, and kept there."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType
+
+from gradnorm_jax._sharding.collective import Axes
+from gradnorm_jax._sharding.reading import Split, is_manual, ordered, varying
+from gradnorm_jax._typing import Tree
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Returns an array of which every device has all, also where the compiler decides.
+
+    Of a state, so that it stays where `init` put it.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = set(sharding.mesh.axis_types)
+    if not x.ndim or not kinds or kinds == {AxisType.Manual}:
+        return x
+    everywhere = _everywhere(sharding.mesh, x)
+    if any(axes is not None for axes in sharding.spec):
+        return jax.reshard(x, everywhere)
+    if AxisType.Auto in kinds:
+        return jax.lax.with_sharding_constraint(x, everywhere)
+    return x
+
+
+def spread_like(flag: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns a condition for a choice between arrays such as `x`.
+
+    On Explicit axes it must be sharded as they are.
+    """
+    sharding = jax.typeof(x).sharding
+    if all(axes is None for axes in sharding.spec):
+        return flag
+    return jnp.broadcast_to(flag, x.shape, out_sharding=sharding)
+
+
+def _everywhere(mesh: Any, x: jax.Array) -> jax.NamedSharding:
+    # As JAX spells it in what a compiled function returns, or that compiles twice.
+    is_explicit = AxisType.Explicit in mesh.axis_types
+    return jax.NamedSharding(mesh, jax.P(*[None] * x.ndim) if is_explicit else jax.P())
+
+
+def placed(state: Tree, params: Tree, split: Sequence[Split] | None = None) -> Tree:
+    """Returns a new state, every array with a buffer of its own, where `params` are.
+
+    A buffer that two arrays share cannot be donated. A state that is not on the mesh of
+    the parameters compiles the step twice: once more when it is. And with `split`,
+    inside `shard_map`, it differs across the mesh axes that no norm is reduced over, so
+    that it can ride in `scan` from the start.
+    """
+    leaves = jax.tree.leaves(params)
+    meshes = {
+        x.sharding.mesh
+        for x in leaves
+        if isinstance(x, jax.Array)
+        and not isinstance(x, Tracer)
+        and isinstance(x.sharding, jax.NamedSharding)
+    }
+    state = jax.tree.map(jnp.copy, state)
+    if len(meshes) == 1 and not is_manual():
+        [mesh] = meshes
+        state = jax.tree.map(lambda x: jax.device_put(x, _everywhere(mesh, x)), state)
+    return state if split is None else varied(state, params, split)
+
+
+def varied(state: Tree, params: Tree, split: Sequence[Split]) -> Tree:
+    """Returns a state that may differ across the axes that nothing reduces over."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    left = set().union(*map(varying, jax.tree.leaves(params))) if manual else set()
+    axes = ordered(manual, left - {axis for own in split for axis in own.axes})
+    return jax.tree.map(functools.partial(_varied_over, axes=axes), state)
+
+
+def placed_like(state: Tree, before: Tree) -> Tree:
+    """Returns a state that is where the one before it was, and varies where it did."""
+    if not is_manual():
+        return jax.tree.map(replicated, state)
+    return jax.tree.map(
+        lambda x, old: _varied_over(x, axes=tuple(varying(old))), state, before
+    )
+
+
+def _varied_over(x: jax.Array, *, axes: Axes) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
