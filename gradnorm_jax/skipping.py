@@ -172,13 +172,15 @@ def skip_step(
             finite=finite,
         )
         after_it = SkipState(
-            inner_state,
+            (),
             jnp.asarray(optax.safe_increment(state.step)),
             learned(limits, state.memory, size, limit),
             learned(value_limits, state.value_memory, loss, value_limit),
             metrics,
         )
-        return outgoing, _sharding.placed_like(after_it, state)
+        # The arrays of the inner state are where their owner has them.
+        own = _sharding.placed_like(after_it, state._replace(inner_state=()))
+        return outgoing, own._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -323,7 +323,6 @@ def test_an_axis_that_no_mesh_has_is_refused_inside_shard_map_too():
     "specs",
     [
         {"b": P()},
-        {"b": P(), "w": P("d", "t"), "other": P()},
         [P(), P("d", "t")],
         {"b": P(), "w": ("d", "t")},
         {"b": P(), "w": "d"},

@@ -16,6 +16,11 @@ SPECS = {"b": P(), "layers": P("d", None, "t"), "rows": P("d"), "w": P("d", "t")
 SIZES = {"b": (5,), "layers": (24, 3, 4), "rows": (24,), "w": (24, 24)}
 STEPS = 4
 TRANSFORMATIONS = {
+    "skip_step": lambda **how: gn.skip_step(
+        optax.chain(gn.clip_by_global_norm(1.0, **how), optax.sgd(0.1, momentum=0.9)),
+        gn.thresholds.rolling_sigma(6.0, window=4),
+        **how,
+    ),
     "adaclip": gn.adaclip,
     "adagc": lambda **how: gn.adagc(rearm_after=3, **how),
     "adaptive_grad_clip": lambda **how: gn.adaptive_grad_clip(0.1, **how),
@@ -30,11 +35,6 @@ TRANSFORMATIONS = {
     ),
     "reset_state_every": lambda **how: gn.reset_state_every(
         optax.chain(gn.adaclip(**how), optax.trace(0.9)), 2, warmup_steps=2
-    ),
-    "skip_step": lambda **how: gn.skip_step(
-        optax.chain(gn.clip_by_global_norm(1.0, **how), optax.sgd(0.1, momentum=0.9)),
-        gn.thresholds.rolling_sigma(6.0, window=4),
-        **how,
     ),
     "watch": lambda **how: gn.watch(
         optax.chain(gn.clip_by_global_norm(1.0, **how), optax.sgd(0.1, momentum=0.9)),

@@ -69,17 +69,17 @@ def scanned(step):
 
 
 OPTIMIZERS = {
+    "leaf by leaf, skipping": lambda **how: gn.skip_step(
+        optax.chain(gn.adagc(warmup_steps=3, **how), optax.sgd(0.1, momentum=0.9)),
+        gn.thresholds.rolling_sigma(2.0, window=4),
+        **how,
+    ),
     "sgd": lambda **how: optax.chain(
         gn.clip_by_global_norm(0.5, **how), optax.sgd(0.1)
     ),
     "adam, watched": lambda **how: gn.watch(
         optax.chain(gn.zclip(0.5, warmup_steps=2, **how), optax.adam(1e-2)),
         window=8,
-        **how,
-    ),
-    "leaf by leaf, skipping": lambda **how: gn.skip_step(
-        optax.chain(gn.adagc(warmup_steps=3, **how), optax.sgd(0.1, momentum=0.9)),
-        gn.thresholds.rolling_sigma(2.0, window=4),
         **how,
     ),
 }
