@@ -33,6 +33,12 @@ AUTO = Auto.AUTO
 #: The mesh axes to reduce over: `AUTO`, or their names.
 AxisNames = Auto | str | tuple[str, ...]
 
+#: The norms that a record holds by default, in the order of its columns.
+KINDS = ("grad", "update", "param")
+#: What it holds of the gradients on request: the largest absolute value, and how many
+#: entries are exactly 0, NaN or infinite.
+DETAILS = ("grad_max", "grad_zeros", "grad_nonfinite")
+
 
 class Bound(NamedTuple):
     """How large a norm may be.

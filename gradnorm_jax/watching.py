@@ -81,7 +81,8 @@ def watch(
 
     Raises:
       ValueError: If `window` or `every` is below 1, or `record` is empty or holds
-        another word. By `update`: if parameters are to be recorded and `params` is not given.
+        another word. By `update`: if parameters are to be recorded and `params` is not
+        given.
 
     Example:
       >>> tx = watch(optax.sgd(0.5), window=2, record=("grad", "update"))
@@ -99,7 +100,7 @@ def watch(
 
     def init(params: Tree) -> WatchState:
         parts = divided(params, measured=False)
-        ring = jnp.zeros((window, len(columns_of(parts, record))), jnp.float32)
+        ring = jnp.zeros((window, len(columns_of(parts, record).names)), jnp.float32)
         none = jnp.zeros((), jnp.int32)
         steps = jnp.full(window, -1, jnp.int32)
         own = _sharding.placed((ring, steps, none, none), params, parts.split)
@@ -121,7 +122,7 @@ def watch(
         names = _trees.leaf_names(updates)
         _sharding.check_averaged(names, leaves, params, placement)
         parts = divided(updates)
-        _check_columns(len(columns_of(parts, record)), state.ring.shape[1])
+        _check_columns(len(columns_of(parts, record).names), state.ring.shape[1])
         live = state.step >= 0
         shared = every == 1 and "grad" in record
         with sharing(*fold([(parts, leaves)] if shared else [], l2, live)):
@@ -170,14 +171,14 @@ def measure(
       specs: How each leaf is split, as in :func:`clip_by_norm`.
 
     Returns:
-      A :class:`Stats`: float32 `[columns]` and their names.
+      A :class:`Stats`: float32 `[columns]`, and what the columns are.
 
     Raises:
       ValueError: If `details` holds another word.
 
     Example:
       >>> stats = measure({"w": jnp.array([3.0, 4.0])}, value=0.5)
-      >>> print(stats.columns[:2], stats.values[:2])
+      >>> print(stats.columns.names[:2], stats.values[:2])
       ('grad/w', 'loss') [5.  0.5]
     """
     if isinstance(details, str) or not set(details) <= set(DETAILS):
@@ -197,7 +198,8 @@ def measure(
         measured=True,
     )
     row = [*_norms(trees, record, divided), _scalars(state, value)]
-    return Stats(jnp.concatenate(row), columns_of(divided(grads), record))
+    columns = columns_of(divided(grads), record)
+    return Stats(jnp.concatenate(row), columns)
 
 
 def attach(

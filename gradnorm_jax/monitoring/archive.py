@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradnorm_jax.monitoring.history import KINDS, History
+from gradnorm_jax.monitoring.history import History, parts_of
 
 FORMAT = "gradnorm_jax run"
 VERSION = 1
@@ -142,9 +142,8 @@ def load(directory: str | os.PathLike) -> History:
 
 def _in_order(of_parts: dict | None, columns: Sequence[str]) -> list | None:
     """Lists what is known of each part in the order of the columns, if of all parts."""
-    kinds = (name.partition("/") for name in columns)
-    parts = dict.fromkeys(part for kind, _, part in kinds if kind in KINDS)
-    if of_parts is None or not parts.keys() <= of_parts.keys():
+    parts = parts_of(columns)
+    if of_parts is None or not set(parts) <= of_parts.keys():
         return None
     return [of_parts[part] for part in parts]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-KINDS = ("grad", "update", "param")
+from gradnorm_jax._typing import DETAILS, KINDS
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -23,6 +23,9 @@ class History:
       param: L2 norms of the parameters before the update, [T, L], or `None`.
       scalars: `loss`, `clip/limit`, `clip/scale` and `clip/fraction`, each of shape
         [T], and NaN where a step had none.
+      details: What else was recorded of the gradients, each of shape [T, L]:
+        `grad_max`, the largest absolute value, `grad_zeros` and `grad_nonfinite`, how
+        many entries are exactly 0, NaN or infinite.
       sizes: How many entries each part has, int64 [L], or `None` if unknown.
       dims: How many dimensions each part has, or `None` if unknown. A stacked layer has
         those of the layer, a group has `None`.
@@ -42,6 +45,7 @@ class History:
     update: np.ndarray | None
     param: np.ndarray | None
     scalars: dict[str, np.ndarray]
+    details: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     sizes: np.ndarray | None = None
     dims: tuple[int | None, ...] | None = None
 
@@ -67,17 +71,16 @@ class History:
           ValueError: If there are more or fewer `sizes` or `dims` than parts.
         """
         rows = np.asarray(rows, np.float32).reshape(-1, len(columns))
-        positions: dict[str, list[int]] = {kind: [] for kind in KINDS}
-        parts: dict[str, None] = {}
+        positions: dict[str, list[int]] = {kind: [] for kind in (*KINDS, *DETAILS)}
         scalars = {}
         for position, name in enumerate(columns):
-            kind, _, part = name.partition("/")
+            kind, _, _ = name.partition("/")
             if kind in positions:
                 positions[kind].append(position)
-                parts[part] = None
             else:
                 scalars[name] = rows[:, position]
-        norms = {kind: rows[:, at] if at else None for kind, at in positions.items()}
+        of = {kind: rows[:, at] for kind, at in positions.items() if at}
+        parts = parts_of(columns)
         for name, given in (("sizes", sizes), ("dims", dims)):
             if given is not None and len(given) != len(parts):
                 raise ValueError(
@@ -87,11 +90,12 @@ class History:
                 )
         return cls(
             np.asarray(steps, np.int64),
-            tuple(parts),
+            parts,
+            **{kind: of.get(kind) for kind in KINDS},
             scalars=scalars,
+            details={kind: of[kind] for kind in DETAILS if kind in of},
             sizes=None if sizes is None else np.asarray(sizes, np.int64),
             dims=None if dims is None else tuple(dims),
-            **norms,
         )
 
     def __repr__(self) -> str:
@@ -180,6 +184,13 @@ class History:
             metrics["update_ratio/median"] = np.median(self.update_ratio, axis=1)
             metrics["update_ratio/max"] = self.update_ratio.max(axis=1)
         return metrics | self.scalars
+
+
+def parts_of(columns: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the parts, in the order of their columns."""
+    halves = (name.partition("/") for name in columns)
+    known = (*KINDS, *DETAILS)
+    return tuple(dict.fromkeys(part for kind, _, part in halves if kind in known))
 
 
 def ratio(update: np.ndarray, param: np.ndarray) -> np.ndarray:

@@ -112,7 +112,8 @@ class Monitor:
         self._writer = None if self._log is None else as_writer(self._log)
         self._dir = None if dir is None else Path(dir)
         self._resume = resume
-        self._columns: records.Columns | None = None
+        self._names = names
+        self._columns: Any = None
         self._archive: Archive | None = None
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
         self._next_step = self._seen = 0
@@ -156,13 +157,14 @@ class Monitor:
         """
         if not self._is_first:
             return
-        columns = records.columns_of_stats(stats)
+        columns = records.columns_of_stats(stats, self._names)
         if self._columns is None:
-            self._open(records.Columns(columns, {}, {}))
-        if columns != self.columns:
+            self._open(columns)
+        if columns.names != self.columns:
             raise ValueError(
-                f"`Monitor.append(stats=...)` has {len(columns)} columns, those before"
-                f" it {len(self.columns)}. Measure the same at every step."
+                f"`Monitor.append(stats=...)` has {len(columns.names)} columns, those"
+                f" before it {len(self.columns)}. Measure the same at every step, and"
+                " what `Monitor(params, record=...)` says, if that is given."
             )
         self._stats.append(records.start_stats(stats))
         self._calls += 1
@@ -208,10 +210,10 @@ class Monitor:
         """Returns every column by its name, and the steps as "step"."""
         history = self.history
         found = {"step": history.steps}
-        for kind in history.kinds:
-            norms = history.norms(kind).T
+        norms = {kind: history.norms(kind) for kind in history.kinds}
+        for kind, values in (norms | history.details).items():
             found |= {
-                f"{kind}/{part}": norms[k] for k, part in enumerate(history.parts)
+                f"{kind}/{part}": values[:, k] for k, part in enumerate(history.parts)
             }
         return found | history.scalars
 
@@ -266,14 +268,14 @@ class Monitor:
         page = escape(report(self.history, self.findings()))
         return f'<iframe srcdoc="{page}" style="width:100%;height:45em;border:0">'
 
-    def _open(self, columns: records.Columns) -> None:
+    def _open(self, columns: Any) -> None:
         self._columns = columns
         if self._dir is not None and self._is_first:
             self._archive = Archive(
                 self._dir,
                 columns.names,
-                columns.sizes,
-                columns.dims,
+                dict(zip(columns.parts, columns.sizes, strict=True)),
+                dict(zip(columns.parts, columns.dims, strict=True)),
                 resume=self._resume,
             )
             self._next_step = self._seen = self._archive.next_step
@@ -369,8 +371,8 @@ class Monitor:
             self.columns,
             steps,
             values,
-            sizes=list(self._columns.sizes.values()) or None,
-            dims=list(self._columns.dims.values()) or None,
+            sizes=self._columns.sizes,
+            dims=self._columns.dims,
         )
 
     def _warn_of_dropped(self, dropped: int, steps: int, window: int) -> None:

@@ -12,20 +12,6 @@ from gradnorm_jax import telemetry
 Names = Mapping[str, str] | Callable[[str], str]
 
 
-class Columns(NamedTuple):
-    """What stands in a row: the names of its columns, and what is known of the parts.
-
-    Attributes:
-      names: The name of each column.
-      sizes: How many entries each part has.
-      dims: How many dimensions each part has; `None` for a group.
-    """
-
-    names: tuple[str, ...]
-    sizes: Mapping[str, int]
-    dims: Mapping[str, int | None]
-
-
 class Copy(NamedTuple):
     """The rows of a ring, on their way to the host; of NumPy, from a checkpoint."""
 
@@ -45,7 +31,7 @@ def describe(
     groups: Any,
     stacked_axes: Any,
     names: Names | None,
-) -> Columns:
+) -> telemetry.Columns:
     """Says what the columns are that `watch` records of these parameters."""
     known = (*telemetry.KINDS, *telemetry.DETAILS)
     if isinstance(record, str) or not set(record) <= set(known):
@@ -54,29 +40,7 @@ def describe(
             f" `watch` was given, got {record!r}."
         )
     parts = telemetry.layout(params, groups, stacked_axes, caller="Monitor(params)")
-    columns = telemetry.columns_of(parts, tuple(record))
-    dims = dict.fromkeys(parts.part_names)
-    if groups is None:
-        counts = [len(shape) - len(kept) for shape, kept in _shapes(parts)]
-        cells = [int(np.prod(shape)) for shape in parts.cell_shapes]
-        dims = dict(
-            zip(parts.part_names, np.repeat(counts, cells).tolist(), strict=True)
-        )
-    sizes = dict(zip(parts.part_names, parts.sizes.astype(int).tolist(), strict=True))
-    if names is None:
-        return Columns(columns, sizes, dims)
-    new = names if callable(names) else lambda part: names.get(part, part)
-    renamed = {part: str(new(part)) for part in sizes}
-    if len(set(renamed.values())) < len(renamed):
-        raise ValueError(
-            "`Monitor(names=...)` must give every part a name of its own, got"
-            f" {sorted(renamed.values())}."
-        )
-    return Columns(
-        tuple(_renamed(column, renamed) for column in columns),
-        {renamed[part]: size for part, size in sizes.items()},
-        {renamed[part]: dim for part, dim in dims.items()},
-    )
+    return _renamed(telemetry.columns_of(parts, tuple(record)), names)
 
 
 def find_ring(state: Any, num_columns: int) -> Copy:
@@ -137,8 +101,8 @@ def finish_copy(copy: Copy) -> tuple[np.ndarray, np.ndarray, int]:
     return np.asarray(steps, np.int64)[order], np.asarray(ring)[order], total
 
 
-def columns_of_stats(stats: Any) -> tuple[str, ...]:
-    """Returns the names of the columns of what `measure` returned."""
+def columns_of_stats(stats: Any, names: Names | None) -> telemetry.Columns:
+    """Says what the columns of what `measure` returned are."""
     if not isinstance(stats, telemetry.Stats):
         raise TypeError(
             "`Monitor.append(stats=...)` must be what `gradnorm_jax.measure` returns,"
@@ -149,7 +113,7 @@ def columns_of_stats(stats: Any) -> tuple[str, ...]:
             "`Monitor.append` was called inside `jit` or another transformation. Call"
             " it with what the compiled step returns."
         )
-    return stats.columns
+    return _renamed(stats.columns, names)
 
 
 def start_stats(stats: Any) -> Any:
@@ -165,13 +129,26 @@ def finish_stats(values: Sequence[Any], num_columns: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _shapes(parts: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(parts.shapes[i], parts.kept[i]) for i in parts.members]
-
-
-def _renamed(column: str, names: Mapping[str, str]) -> str:
-    kind, _, part = column.partition("/")
-    return f"{kind}/{names[part]}" if part in names else column
+def _renamed(columns: telemetry.Columns, names: Names | None) -> telemetry.Columns:
+    if names is None:
+        return columns
+    new = names if callable(names) else lambda part: names.get(part, part)
+    of = {part: str(new(part)) for part in columns.parts}
+    if len(set(of.values())) < len(of):
+        raise ValueError(
+            "`Monitor(names=...)` must give every part a name of its own, got"
+            f" {sorted(of.values())}."
+        )
+    halves = [name.partition("/") for name in columns.names]
+    # Of "clip/scale" and its like the part is none of the tree's: the kind tells.
+    kinds = (*telemetry.KINDS, *telemetry.DETAILS)
+    return columns._replace(
+        names=tuple(
+            f"{kind}/{of[part]}" if kind in kinds else kind + slash + part
+            for kind, slash, part in halves
+        ),
+        parts=tuple(of.values()),
+    )
 
 
 def _is_readable(array: jax.Array) -> bool:

@@ -1,8 +1,7 @@
 """RECORD: what a clip and a watch keep in the optimizer's state, found and named."""
 
+from gradnorm_jax._typing import DETAILS, KINDS
 from gradnorm_jax.telemetry.naming import (
-    DETAILS,
-    KINDS,
     SCALARS,
     columns,
     columns_of,
@@ -13,6 +12,7 @@ from gradnorm_jax.telemetry.naming import (
 from gradnorm_jax.telemetry.states import (
     ClipMetrics,
     ClipState,
+    Columns,
     SkipMetrics,
     SkipState,
     Stats,
@@ -25,6 +25,7 @@ __all__ = [
     "SCALARS",
     "ClipMetrics",
     "ClipState",
+    "Columns",
     "SkipMetrics",
     "SkipState",
     "Stats",

@@ -14,16 +14,11 @@ from jax.core import Tracer
 from gradnorm_jax import _layout
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
-from gradnorm_jax._typing import Groups, PerLeaf, Tree
-from gradnorm_jax.telemetry.states import ClipMetrics, SkipMetrics
+from gradnorm_jax._typing import DETAILS, KINDS, Groups, PerLeaf, Tree
+from gradnorm_jax.telemetry.states import ClipMetrics, Columns, SkipMetrics
 
 State = TypeVar("State", bound=tuple)
 
-#: The norms that `watch` records by default, in the order of its columns.
-KINDS = ("grad", "update", "param")
-#: What it records of the gradients on request: the largest entry, and how many entries
-#: are exactly 0 or not finite.
-DETAILS = ("grad_max", "grad_zeros", "grad_nonfinite")
 #: The columns that every row of `watch` ends with; NaN where there is none.
 SCALARS = ("loss", "clip/limit", "clip/scale", "clip/fraction")
 
@@ -102,11 +97,11 @@ def columns(
       >>> columns({"w": jnp.ones(3), "b": jnp.ones(1)}, record=("grad",))[:3]
       ('grad/b', 'grad/w', 'loss')
     """
-    return columns_of(layout(params, groups, stacked_axes), record)
+    return columns_of(layout(params, groups, stacked_axes), record).names
 
 
-def columns_of(parts: Layout, record: tuple[str, ...]) -> tuple[str, ...]:
-    """Names the columns of a record of the parts of a tree."""
+def columns_of(parts: Layout, record: tuple[str, ...]) -> Columns:
+    """Says what the columns of a record of the parts of a tree are."""
     names = parts.part_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -114,8 +109,17 @@ def columns_of(parts: Layout, record: tuple[str, ...]) -> tuple[str, ...]:
             f"`watch`: two parts of the tree have the name {twice!r}, so that a record"
             " could not tell them apart. Rename a key of the tree or a label."
         )
+    dims: list[int | None] = [None] * len(names)
+    if parts.fold == "each":
+        left = [len(parts.shapes[i]) - len(parts.kept[i]) for i in parts.members]
+        dims = np.repeat(left, np.diff(parts.offsets)).tolist()
     kinds = [kind for kind in (*KINDS, *DETAILS) if kind in record]
-    return (*(f"{kind}/{name}" for kind in kinds for name in names), *SCALARS)
+    return Columns(
+        (*(f"{kind}/{name}" for kind in kinds for name in names), *SCALARS),
+        names,
+        tuple(parts.sizes.astype(int).tolist()),
+        tuple(dims),
+    )
 
 
 def scalars(state: Tree) -> dict[str, Any]:

@@ -178,6 +178,22 @@ class WatchState(NamedTuple):
     step: jax.Array
 
 
+class Columns(NamedTuple):
+    """What stands in a row of a record; hashable, and no arrays.
+
+    Attributes:
+      names: The name of each column.
+      parts: The name of each part of the tree, in the order of the columns.
+      sizes: How many entries each part has.
+      dims: How many dimensions each part has; `None` for a group.
+    """
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
+    dims: tuple[int | None, ...]
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("columns",)
 )
@@ -187,12 +203,12 @@ class Stats:
 
     Attributes:
       values: float32 `[columns]`, or `[rows, columns]`.
-      columns: The name of each column, static.
+      columns: What the columns are, static.
     """
 
     values: jax.Array
-    columns: tuple[str, ...]
+    columns: Columns
 
     def as_dict(self) -> dict[str, jax.Array]:
         """Returns the value of each column by its name."""
-        return {name: self.values[..., k] for k, name in enumerate(self.columns)}
+        return {name: self.values[..., k] for k, name in enumerate(self.columns.names)}
