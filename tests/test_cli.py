@@ -246,9 +246,9 @@ def test_a_follower_reads_each_file_once_and_keeps_the_newest_rows(
 ):
     archive = written(tmp_path / "run", steps=2000, every=100)
     read = []
-    inner = following.archive._read_chunk
+    inner = following.archive.read_chunk
     monkeypatch.setattr(
-        following.archive, "_read_chunk", lambda path: read.append(path) or inner(path)
+        following.archive, "read_chunk", lambda path: read.append(path) or inner(path)
     )
     follower = following.Follower(tmp_path / "run")
     assert follower.next().steps.tolist() == list(range(2000 - 512, 2000))

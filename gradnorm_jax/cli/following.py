@@ -43,8 +43,8 @@ class Follower:
 
         The first look is at the newest rows that are there.
         """
-        chunks = archive._chunks(self.directory)
-        numbers = [archive._number(chunk) for chunk in chunks]
+        chunks = archive.chunks_of(self.directory)
+        numbers = [archive.number_of(chunk) for chunk in chunks]
         if self._last is not None and (not numbers or numbers[-1] < self._last):
             self._start()  # the directory holds another run by now
         if self._last is None:
@@ -60,7 +60,7 @@ class Follower:
         return self._history()
 
     def _start(self) -> None:
-        self._run = archive._read_description(self.directory)
+        self._run = archive.read_description(self.directory)
         self._last: int | None = None
         self._steps = np.zeros(0, np.int64)
         self._values = np.zeros((0, len(self._run.columns)), np.float32)
@@ -69,27 +69,20 @@ class Follower:
         rows, first = 0, len(chunks)
         while first and rows < ROWS:
             first -= 1
-            rows += len(archive._read_chunk(chunks[first])[0])
+            rows += len(archive.read_chunk(chunks[first])[0])
         for chunk in chunks[first:]:
             self._take_in(chunk)
         return self._history() if chunks else None
 
     def _take_in(self, chunk: Path) -> None:
-        steps, values = archive._read_chunk(chunk)
+        steps, values = archive.read_chunk(chunk)
         kept = self._steps < steps[0]  # where a run went back, the new rows count
         self._steps = np.concatenate([self._steps[kept], steps])[-ROWS:]
         self._values = np.concatenate([self._values[kept], values])[-ROWS:]
-        self._last = archive._number(chunk)
+        self._last = archive.number_of(chunk)
 
     def _history(self) -> History:
-        run = self._run
-        return History.from_rows(
-            run.columns,
-            self._steps,
-            self._values,
-            sizes=archive._in_order(run.sizes, run.columns),
-            dims=archive._in_order(run.dims, run.columns),
-        )
+        return self._run.history(self._steps, self._values)
 
 
 __all__ = ["ROWS", "Follower"]

@@ -9,9 +9,10 @@ from gradnorm_jax.monitoring.diagnosis import (
     explain,
 )
 from gradnorm_jax.monitoring.history import History
-from gradnorm_jax.monitoring.monitor import FindingError, Monitor
+from gradnorm_jax.monitoring.monitor import Monitor
 from gradnorm_jax.monitoring.plots import flow, heat_map, norm_trace, save_all
 from gradnorm_jax.monitoring.report import report, write
+from gradnorm_jax.monitoring.telling import FindingError
 from gradnorm_jax.monitoring.writers import as_writer
 
 __all__ = [

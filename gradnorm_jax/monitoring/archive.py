@@ -50,11 +50,11 @@ class Archive:
         self.directory = directory
         self.columns = tuple(columns)
         directory.mkdir(parents=True, exist_ok=True)
-        chunks = _chunks(directory)
+        chunks = chunks_of(directory)
         if chunks:
             self._check_that_it_can_go_on(resume)
-        self._next_chunk = _number(chunks[-1]) + 1 if chunks else 1
-        self.next_step = int(_read_chunk(chunks[-1])[0][-1]) + 1 if chunks else 0
+        self._next_chunk = number_of(chunks[-1]) + 1 if chunks else 1
+        self.next_step = int(read_chunk(chunks[-1])[0][-1]) + 1 if chunks else 0
         self._cut_torn_line()
         description = {
             "format": FORMAT,
@@ -84,7 +84,7 @@ class Archive:
                 f"`Monitor(dir={str(self.directory)!r})` already holds a run. Name"
                 " another directory, or go on with that run by `resume=True`."
             )
-        recorded = _read_description(self.directory).columns
+        recorded = read_description(self.directory).columns
         if recorded != self.columns:
             raise ValueError(
                 f"`Monitor(dir={str(self.directory)!r}, resume=True)`: that run has"
@@ -117,11 +117,11 @@ def load(directory: str | os.PathLike) -> History:
       ValueError: If the run has no rows yet, or a file of it is damaged.
     """
     directory = Path(directory)
-    run = _read_description(directory)
+    run = read_description(directory)
     steps, rows = [], []
     end = math.inf  # the first step of the chunks after this one
-    for path in reversed(_chunks(directory)):
-        chunk_steps, chunk_rows = _read_chunk(path)
+    for path in reversed(chunks_of(directory)):
+        chunk_steps, chunk_rows = read_chunk(path)
         valid = chunk_steps < end
         steps.append(chunk_steps[valid])
         rows.append(chunk_rows[valid])
@@ -131,30 +131,30 @@ def load(directory: str | os.PathLike) -> History:
             f"`load({str(directory)!r})`: this run has no rows yet. They are written by"
             " the second drain, so after 2 * `every` calls, or by `Monitor.close()`."
         )
-    return History.from_rows(
-        run.columns,
-        np.concatenate(steps[::-1]),
-        np.concatenate(rows[::-1]),
-        sizes=_in_order(run.sizes, run.columns),
-        dims=_in_order(run.dims, run.columns),
-    )
+    return run.history(np.concatenate(steps[::-1]), np.concatenate(rows[::-1]))
 
 
-def _in_order(of_parts: dict | None, columns: Sequence[str]) -> list | None:
-    """Lists what is known of each part in the order of the columns, if of all parts."""
-    parts = parts_of(columns)
-    if of_parts is None or not set(parts) <= of_parts.keys():
-        return None
-    return [of_parts[part] for part in parts]
+class Description(NamedTuple):
+    """What the columns and the parts of a run are."""
 
-
-class _Description(NamedTuple):
     columns: tuple[str, ...]
     sizes: dict[str, int] | None
     dims: dict[str, int | None] | None
 
+    def history(self, steps: np.ndarray, rows: np.ndarray) -> History:
+        """Returns some rows of the run as a history."""
+        sizes, dims = self._in_order(self.sizes), self._in_order(self.dims)
+        return History.from_rows(self.columns, steps, rows, sizes, dims)
 
-def _read_description(directory: Path) -> _Description:
+    def _in_order(self, of_parts: dict | None) -> list | None:
+        """Lists what is known of each part, if of all, in the order of the columns."""
+        parts = parts_of(self.columns)
+        if of_parts is None or not set(parts) <= of_parts.keys():
+            return None
+        return [of_parts[part] for part in parts]
+
+
+def read_description(directory: Path) -> Description:
     """Returns what the columns and the parts of the run in a directory are."""
     path = directory / RUN
     if not directory.is_dir():
@@ -183,18 +183,21 @@ def _read_description(directory: Path) -> _Description:
             f" gradnorm_jax reads version {VERSION} of a {FORMAT!r}. Read it with the"
             " gradnorm_jax that wrote it."
         )
-    return _Description(columns, sizes, dims)
+    return Description(columns, sizes, dims)
 
 
-def _chunks(directory: Path) -> list[Path]:
-    return sorted(directory.glob("rows-*.npz"), key=_number)
+def chunks_of(directory: Path) -> list[Path]:
+    """Returns the files of rows, oldest first."""
+    return sorted(directory.glob("rows-*.npz"), key=number_of)
 
 
-def _number(chunk: Path) -> int:
+def number_of(chunk: Path) -> int:
+    """Returns which file of rows it is, counted from 1."""
     return int(chunk.stem.removeprefix("rows-"))
 
 
-def _read_chunk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_chunk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps and the values of the rows in a file."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as chunk:
             return chunk["steps"], chunk["values"]

@@ -139,6 +139,15 @@ class History:
             )
         return found
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns what was recorded of each part: "grad/<part>" and its like, [T]."""
+        of = {kind: self.norms(kind) for kind in self.kinds} | self.details
+        return {
+            f"{kind}/{part}": values[:, position]
+            for kind, values in of.items()
+            for position, part in enumerate(self.parts)
+        }
+
     def global_norm(self, kind: str = "grad") -> np.ndarray:
         """Returns the norm of all recorded parts together: float64, shape [T].
 

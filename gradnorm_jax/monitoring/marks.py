@@ -12,6 +12,8 @@ from gradnorm_jax.monitoring.series import Bins, plain
 
 #: The codes of what happens at one step. A code of a user's own counts as one.
 _MOMENTS = ("non-finite", "exploding", "spike")
+#: How many marks of one finding may stand side by side.
+_MARKS = 400
 #: How many characters fit side by side above a picture on a phone, and on a screen.
 _PHONE, _SCREEN = 28, 60
 
@@ -35,12 +37,18 @@ def moments(findings: Iterable[Finding], bins: Bins) -> list[Moment]:
     first, span = int(bins.edges[0]), int(bins.edges[-1] - bins.edges[0])
     found: list[Moment] = []
     for finding in findings:
-        at = (finding.step + 0.5 - first) / span
-        if (finding.code in CODES and finding.code not in _MOMENTS) or not 0 < at < 1:
+        if finding.code in CODES and finding.code not in _MOMENTS:
             continue
-        label = _label(finding)
-        fits = [_has_room(at, label, found, room) for room in (_SCREEN, _PHONE)]
-        found.append(Moment(finding, at, label if fits[0] else "", fits[1]))
+        taken = set()
+        for step in finding.steps or (finding.step,):
+            at = (step + 0.5 - first) / span
+            place = int(at * _MARKS)
+            if not 0 < at < 1 or place in taken:
+                continue
+            label = "" if taken else _label(finding)
+            taken.add(place)
+            fits = [_has_room(at, label, found, room) for room in (_SCREEN, _PHONE)]
+            found.append(Moment(finding, at, label if fits[0] else "", fits[1]))
     return found
 
 
@@ -80,6 +88,8 @@ def _has_room(at: float, label: str, others: Iterable[Moment], room: int) -> boo
 
 
 def _label(finding: Finding) -> str:
+    if finding.steps:
+        return f"{len(finding.steps):,} {finding.code}s"
     if finding.code == "spike":
         return f"{plain(finding.value)}\N{MULTIPLICATION SIGN}"
     if finding.code == "non-finite" and not math.isfinite(finding.value):

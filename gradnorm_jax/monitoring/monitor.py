@@ -1,6 +1,5 @@
 """Monitor: takes the rows of norms out of the optimizer's state while a run goes on."""
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,13 +14,11 @@ from gradnorm_jax.monitoring.archive import Archive, load
 from gradnorm_jax.monitoring.diagnosis import DEFAULT_RULES, Finding, diagnose
 from gradnorm_jax.monitoring.history import History
 from gradnorm_jax.monitoring.report import report, write
+from gradnorm_jax.monitoring.telling import Teller
 from gradnorm_jax.monitoring.writers import as_writer
 
 #: How many rows a drain looks back on for findings.
 _LOOK_BACK = 512
-#: After how many steps a finding that lasts is told again.
-_PAUSE = 500
-_WARN = ("log", "raise", "off")
 _PICTURES = {"trace": plots.norm_trace, "heat": plots.heat_map, "flow": plots.flow}
 
 
@@ -51,6 +48,7 @@ class Monitor:
         another run. Without it the rows are kept in memory.
       log: Where about ten scalars go at each drain: a path, a W&B run, MLflow, a
         function, a list of them; see :func:`as_writer`.
+      log_parts: Send every column of the newest row too: "grad/<part>" and its like.
       warn: What to do with a finding of level "warning" or "error" that a drain comes
         upon: "log" it, "raise" an error, "off", or call this function with it. Each is
         told once, and again every 500 steps.
@@ -86,6 +84,7 @@ class Monitor:
         every: int = 50,
         dir: str | os.PathLike | None = None,
         log: Any = None,
+        log_parts: bool = False,
         warn: str | Callable[[Finding], Any] = "log",
         rules: Sequence[Callable] = DEFAULT_RULES,
         names: records.Names | None = None,
@@ -100,15 +99,10 @@ class Monitor:
                 f"`Monitor(every=...)` must be a whole number of at least 1, got"
                 f" {every!r}. It is the number of calls from one drain to the next."
             )
-        if not callable(warn) and warn not in _WARN:
-            raise ValueError(
-                f"`Monitor(warn=...)` must be one of {_WARN} or a function of a"
-                f" finding, got {warn!r}."
-            )
         self.every, self.rules, self.ignore = every, tuple(rules), tuple(ignore)
-        self._warn = warn
+        self._teller = Teller(warn, self.rules, self.ignore)
         self._is_first = records.is_first_process()
-        self._log = log if self._is_first else None
+        self._log, self._log_parts = log if self._is_first else None, log_parts
         self._writer = None if self._log is None else as_writer(self._log)
         self._dir = None if dir is None else Path(dir)
         self._resume = resume
@@ -123,7 +117,6 @@ class Monitor:
         self._stats: list[Any] = []  # given to `append` since the last drain
         self._stats_copy: list[Any] = []  # on their way to the host
         self._sent: set[str] = set()
-        self._told: dict[tuple, int] = {}
         self._warned = False
         if params is not None:
             self._open(records.describe(params, record, groups, stacked_axes, names))
@@ -209,13 +202,7 @@ class Monitor:
     def to_dict(self) -> dict[str, np.ndarray]:
         """Returns every column by its name, and the steps as "step"."""
         history = self.history
-        found = {"step": history.steps}
-        norms = {kind: history.norms(kind) for kind in history.kinds}
-        for kind, values in (norms | history.details).items():
-            found |= {
-                f"{kind}/{part}": values[:, k] for k, part in enumerate(history.parts)
-            }
-        return found | history.scalars
+        return {"step": history.steps} | history.columns() | history.scalars
 
     def to_pandas(self) -> Any:
         """Returns a pandas `DataFrame` with a row for each step."""
@@ -334,12 +321,13 @@ class Monitor:
             self._kept = self._kept[first:]
         if self._log is not None:
             self._send(self._history_of(steps, values))
-        if self._warn != "off":
-            self._tell()
+        self._teller.tell(
+            self._history_of(*map(np.concatenate, zip(*self._kept, strict=True)))
+        )
 
     def _send(self, new: History) -> None:
         """Sends the scalars of the newest row; not those that there never were."""
-        metrics = new.metrics()
+        metrics = new.metrics() | (new.columns() if self._log_parts else {})
         self._sent |= {k for k, v in metrics.items() if not np.all(np.isnan(v))}
         scalars = {k: float(v[-1]) for k, v in metrics.items() if k in self._sent}
         if "grad_norm/global_preclip" in metrics:
@@ -347,23 +335,6 @@ class Monitor:
             scalars["grad_norm/global_preclip_max"] = float(largest)
         self._writer = self._writer or as_writer(self._log)
         self._writer.write(int(new.steps[-1]), scalars)
-
-    def _tell(self) -> None:
-        """Tells the findings in the last rows that were not told lately."""
-        recent = self._history_of(*map(np.concatenate, zip(*self._kept, strict=True)))
-        for finding in diagnose(recent, self.rules, ignore=self.ignore):
-            key, now = (finding.code, finding.where), self._next_step
-            lately = now - self._told.get(key, -_PAUSE) < _PAUSE
-            if finding.level == "info" or lately:
-                continue
-            self._told[key] = now
-            if callable(self._warn):
-                self._warn(finding)
-            elif self._warn == "raise" and finding.level == "error":
-                raise FindingError(finding)
-            else:
-                level = getattr(logging, finding.level.upper())
-                logging.getLogger("gradnorm_jax").log(level, "%s", finding)
 
     def _history_of(self, steps: np.ndarray, values: np.ndarray) -> History:
         assert self._columns is not None
@@ -386,16 +357,3 @@ class Monitor:
                 stacklevel=5,
             )
         self._warned = True
-
-
-class FindingError(RuntimeError):
-    """A finding of level "error", with `Monitor(warn="raise")`.
-
-    Attributes:
-      finding: What was found.
-    """
-
-    def __init__(self, finding: Finding):
-        """Says what the finding says."""
-        super().__init__(str(finding))
-        self.finding = finding

@@ -206,14 +206,17 @@ def spike(
     spikes = _spikes(run, sigmas, factor)
     if len(spikes) > MOST_SPIKES:
         largest = max(spikes, key=lambda one: one.factor)
-        steps = ", ".join(f"{run.step(one.rows[0]):,}" for one in spikes[:3])
-        last = run.step(spikes[-1].rows[0])
+        steps = tuple(run.step(one.rows[0]) for one in spikes)
+        first = ", ".join(f"{step:,}" for step in steps[:3])
+        of_all = f"; this is the one at step {run.step(largest.rows[0]):,}, the largest"
+        of_all += f" of {len(steps):,} spikes, at steps {first}, ..., {steps[-1]:,}"
         yield dataclasses.replace(
-            _told(run, largest, sigmas, factor, f"; the largest of {len(spikes):,}"
-                  f" spikes, at steps {steps}, ..., {last:,}"),
+            _told(run, largest, sigmas, factor, of_all),
+            step=steps[0],
             last_step=run.step(spikes[-1].rows[-1]),
             count=len(spikes),
-        )  # fmt: skip
+            steps=steps,
+        )
         return
     for one in spikes:
         yield _told(run, one, sigmas, factor)

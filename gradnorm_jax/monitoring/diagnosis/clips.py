@@ -30,24 +30,31 @@ def _limited(run: Evidence) -> np.ndarray:
 
 
 @rule
-def clip_always(run: Evidence, *, share: float = 0.5) -> Iterator[Finding]:
-    """Finds a clip that is on in most steps: `clip-always`.
+def clip_always(
+    run: Evidence, *, share: float = 0.5, steps: int = 100
+) -> Iterator[Finding]:
+    """Finds a clip that is on in most steps, early and late: `clip-always`.
 
     A warning; only told as info where the limit moves, since it may follow the norms so
-    closely on purpose. Where a clip has many parts, their shares are averaged.
+    closely on purpose. Where a clip has many parts, their shares are averaged. A clip
+    that comes on late is no finding: what makes it do so is one.
 
     Args:
       share: The share of steps that may be clipped.
+      steps: For how many recorded steps at least.
     """
     rows = _limited(run)
-    if len(rows) < FEWEST_ROWS:
+    if len(rows) < max(steps, FEWEST_ROWS):
         return
     fractions, limits, scales = (
         run.scalars[name][rows].astype(np.float64)
         for name in ("clip/fraction", "clip/limit", "clip/scale")
     )
     clipped = float(fractions.mean())
-    if not clipped > share or (scales > 1).any():  # it also enlarges: it normalizes
+    halves = np.array_split(fractions, 2)
+    if not min(half.mean() for half in halves) > share:
+        return
+    if (scales > 1).any():  # it also enlarges: it normalizes
         return
     low, high = limits.min(), limits.max()
     moves = high > 1.01 * low

@@ -23,6 +23,7 @@ class Finding:
       parts: How many parts were looked at.
       last_step: The last step that shows it, if that is another one.
       count: How many times it was seen: steps, or spikes.
+      steps: When it was seen, if that is at some steps far apart; else empty.
       likely: Likely causes.
       tries: What to try.
 
@@ -50,6 +51,7 @@ class Finding:
     parts: int = 0
     last_step: int | None = None
     count: int = 1
+    steps: tuple[int, ...] = ()
     likely: tuple[str, ...] = ()
     tries: tuple[str, ...] = ()
 
