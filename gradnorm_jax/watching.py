@@ -220,7 +220,8 @@ def attach(
       The state of `tx.init(params)`, with all but the record from `opt_state`.
 
     Raises:
-      ValueError: If `tx` is not watched, or `opt_state` is of another optimizer.
+      ValueError: If `tx` is not watched, or `opt_state` is of another optimizer or of
+        other parameters.
 
     Example:
       >>> tx, params = watch(optax.adam(0.1)), {"w": jnp.ones(2)}
@@ -229,6 +230,11 @@ def attach(
       Array(100, dtype=int32)
     """
     watched = tx.init(params)
+    if not find(watched, WatchState):
+        raise ValueError(
+            "`attach(tx=...)` must be an optimizer with a record: make it with"
+            " `watch(optax....)`."
+        )
     bare = detach(watched)
     if jax.tree.structure(bare) != jax.tree.structure(opt_state):
         raise ValueError(
@@ -236,6 +242,15 @@ def attach(
             f" structure {jax.tree.structure(bare)}, got one of structure"
             f" {jax.tree.structure(opt_state)}."
         )
+    wanted, given = (
+        [jnp.shape(x) for x in jax.tree.leaves(state)] for state in (bare, opt_state)
+    )
+    for own, other in zip(given, wanted, strict=True):
+        if own != other:
+            raise ValueError(
+                "`attach(params=...)` must be the parameters of `opt_state`, which has"
+                f" an array of shape {own} where theirs is {other}."
+            )
     leaves = iter(jax.tree.leaves(opt_state))
 
     def filled(node: Any) -> Any:

@@ -174,3 +174,94 @@ def test_a_second_clip_is_named_apart():
     assert (record["clip/scale"], record["clip2/clip/scale"]) == pytest.approx(
         (0.2, 0.5)
     )
+
+
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_one_of_every_few_updates_is_recorded_as_it_would_be_otherwise(every):
+    grads, params, losses = stream(7), stream(1)[0], np.arange(7.0)
+    inner = optax.chain(gn.clip_by_global_norm(1.5), optax.sgd(0.1))
+    *_, all_rows = (after for *_, after in run(gn.watch(inner), grads, params, losses))
+    tx = gn.watch(inner, window=3, every=every)
+    *_, state = (after for *_, after in run(tx, grads, params, losses))
+    recorded = list(range(0, 7, every))[-3:]
+    number = len(range(0, 7, every))
+    assert (int(state.step), int(state.rows)) == (7, number)
+    order = np.arange(max(0, number - 3), number) % 3
+    np.testing.assert_array_equal(state.steps[order], recorded)
+    np.testing.assert_array_equal(
+        state.ring[order], np.asarray(all_rows.ring)[recorded]
+    )
+
+
+def test_updates_pass_through_whether_a_step_is_recorded_or_not():
+    grads, params = stream(5), stream(1)[0]
+    inner = optax.chain(gn.clip_by_global_norm(1.5), optax.adam(0.1))
+    plain = [updates for _, updates, _, _ in run(inner, grads, params)]
+    watched = [u for _, u, _, _ in run(gn.watch(inner, every=2), grads, params)]
+    chex.assert_trees_all_equal(watched, plain)
+
+
+def test_where_every_is_above_1_a_step_that_is_not_recorded_measures_nothing():
+    tx = gn.watch(optax.sgd(0.1), every=3)
+    params = stream(1)[0]
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    before, _, after = text.partition("stablehlo.case")
+    assert after
+    assert "stablehlo.sqrt" not in before.split("func.func public")[1]
+
+
+def test_details_of_the_gradients_are_recorded_on_request():
+    details = ("grad_max", "grad_zeros", "grad_nonfinite")
+    grads = {
+        "a": jnp.array([[0.0, -7.0, 3.0], [0.0, jnp.nan, jnp.inf]]),
+        "b": jnp.array([0.0, 1.0, -2.0, 0.5]),
+    }
+    tx = gn.watch(optax.sgd(0.1), record=("grad", *details))
+    _, state = jax.jit(tx.update)(grads, tx.init(grads))
+    names = columns(grads, record=("grad", *details))
+    row = dict(zip(names, np.asarray(state.ring[0]), strict=True))
+    assert np.isnan(row["grad_max/a"])
+    assert row["grad_max/b"] == 2
+    assert (row["grad_zeros/a"], row["grad_zeros/b"]) == (2, 1)
+    assert (row["grad_nonfinite/a"], row["grad_nonfinite/b"]) == (2, 0)
+
+
+def test_details_of_layers_and_groups_are_those_of_their_entries():
+    x = np.random.default_rng(0).normal(size=(3, 8, 5)).astype(np.float32)
+    x[1, :2] = 0
+    tree = {"a": jnp.asarray(x), "b": jnp.zeros(4)}
+    record = ("grad_max", "grad_zeros")
+    for how, parts in (
+        ({"stacked_axes": {"a": 0}}, [x[0], x[1], x[2], np.zeros(4)]),
+        ({"groups": {".*": "all"}}, [np.concatenate([x.ravel(), np.zeros(4)])]),
+    ):
+        tx = gn.watch(optax.sgd(0.1), record=record, **how)
+        _, state = tx.update(tree, tx.init(tree))
+        largest = [np.abs(part).max() for part in parts]
+        zeros = [np.sum(part == 0) for part in parts]
+        np.testing.assert_array_equal(
+            state.ring[0, : 2 * len(parts)], [*largest, *zeros]
+        )
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"every": 0}, r"every=.*at least 1.*got 0"),
+        ({"every": 1.5}, r"every=.*got 1\.5"),
+        ({"window": 0}, r"window=.*at least 1 row, got 0"),
+        ({"record": ()}, r"record=.*grad_nonfinite.*got \(\)"),
+        ({"record": ("grads",)}, r"record=.*got \('grads',\)"),
+        ({"record": "grad"}, r"record=.*got 'grad'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(how, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        gn.watch(optax.sgd(0.1), **how)
+
+
+def test_updates_of_another_tree_are_refused():
+    params = stream(1)[0]
+    tx = gn.watch(optax.sgd(0.1), record=("grad",))
+    with pytest.raises(ValueError, match=r"5 columns.*a tree with 6"):
+        tx.update({"a": params["a"]}, tx.init(params))
