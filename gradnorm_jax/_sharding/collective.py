@@ -95,14 +95,15 @@ def _largest_jvp(axes: Axes, primals: tuple, tangents: tuple) -> tuple:
 
 
 def _over(collective: Callable, x: jax.Array, axes: Axes) -> jax.Array:
-    """Takes a collective over the axes of `vmap`, where it is none, and of the mesh."""
+    """Takes a collective over the axes of the mesh, and over those of `vmap`."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    for kind in (
-        tuple(a for a in axes if a not in manual),
-        tuple(a for a in axes if a in manual),
-    ):
-        x = collective(x, kind) if kind else x
-    return x
+    reduce = {jax.lax.psum: jnp.sum, jax.lax.pmax: jnp.max}[collective]
+    for axis in axes:
+        # There it moves nothing. A `psum` fails on Explicit meshes in JAX 0.12.
+        if axis not in manual:
+            x = reduce(jax.lax.all_gather(x, axis), axis=0)
+    own = tuple(axis for axis in axes if axis in manual)
+    return collective(x, own) if own else x
 
 
 def _starts(shape: Sequence[int], dims: Sequence[Axes]) -> list:
