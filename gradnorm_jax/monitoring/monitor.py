@@ -112,6 +112,7 @@ class Monitor:
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
         self._next_step = self._seen = 0
         self._calls = 0
+        self._source: str | None = None
         self._state: Any = None  # the last one given, not drained yet
         self._copy: records.Copy | None = None  # on its way to the host
         self._stats: list[Any] = []  # given to `append` since the last drain
@@ -135,8 +136,9 @@ class Monitor:
                 "`Monitor(params=...)` must be given to read a state: the names of the"
                 " parts come from there."
             )
-        if self._calls == 0:
+        if self._source is None:
             self._find(state)  # so that a mistake shows at the first step
+        self._check_source("a state")
         self._calls += 1
         self._state = state
         if self._calls % self.every == 0:
@@ -151,6 +153,7 @@ class Monitor:
         if not self._is_first:
             return
         columns = records.columns_of_stats(stats, self._names)
+        self._check_source("what `measure` returned")
         if self._columns is None:
             self._open(columns)
         if columns.names != self.columns:
@@ -267,6 +270,14 @@ class Monitor:
             )
             self._next_step = self._seen = self._archive.next_step
 
+    def _check_source(self, source: str) -> None:
+        if self._source not in (None, source):
+            raise ValueError(
+                f"`Monitor` was given {self._source} before, and now {source}. Both"
+                " count the steps: make a monitor for each."
+            )
+        self._source = source
+
     def _find(self, state: Any) -> records.Copy:
         return records.find_ring(state, len(self.columns))
 
@@ -315,14 +326,15 @@ class Monitor:
         self._next_step = int(steps[-1]) + 1
         kept = [(s[s < steps[0]], v[s < steps[0]]) for s, v in self._kept]
         self._kept = [*kept, (steps, values)]
-        if self._archive is not None:  # memory is for what a drain looks back on
-            rows = np.cumsum([len(s) for s, _ in self._kept[::-1]])[::-1]
-            first = int(np.sum(rows - [len(s) for s, _ in self._kept] >= _LOOK_BACK))
-            self._kept = self._kept[first:]
+        numbers = np.array([len(s) for s, _ in self._kept])
+        later = np.cumsum(numbers[::-1])[::-1] - numbers
+        recent = self._kept[int(np.sum(later >= _LOOK_BACK)) :]
+        if self._archive is not None:
+            self._kept = recent
         if self._log is not None:
             self._send(self._history_of(steps, values))
         self._teller.tell(
-            self._history_of(*map(np.concatenate, zip(*self._kept, strict=True)))
+            self._history_of(*map(np.concatenate, zip(*recent, strict=True)))
         )
 
     def _send(self, new: History) -> None:
