@@ -28,7 +28,7 @@ def main(steps: int = 200, dir: Any = None) -> History:
     run = jax.jit(lambda carry, some: jax.lax.scan(step, carry, some))
     images, labels = batches(steps)
     carry = params, opt_state
-    with Monitor(params, every=1, dir=dir) as monitor:
+    with Monitor(every=1, dir=dir) as monitor:
         for first in range(0, steps, 50):
             block = jnp.asarray(images[first:][:50]), jnp.asarray(labels[first:][:50])
             carry, stats = run(carry, block)
