@@ -1,8 +1,6 @@
 """Two real processes train, measure, clip and record as one process does."""
 
 import contextlib
-import io
-import itertools
 import json
 import os
 import re
@@ -157,15 +155,3 @@ def test_the_monitor_of_process_0_holds_what_both_processes_recorded(two, found)
     ring = numbers(found[0]["ring"]).reshape(two_processes.STEPS, -1)
     np.testing.assert_array_equal(history.grad, ring[:, :3])
     np.testing.assert_array_equal(history.scalars["loss"], np.arange(5))
-
-
-def test_the_blocks_of_the_page_run_and_print_what_they_say():
-    page = (ROOT / "docs" / "distributed.md").read_text()
-    blocks = re.findall(r"```(\w*)\n(.*?)```", page, flags=re.DOTALL)
-    names: dict = {}
-    for (language, code), following in itertools.pairwise(blocks):
-        if language == "python":
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                exec(compile(code, "distributed.md", "exec"), names)
-            assert following == ("", out.getvalue())
