@@ -122,6 +122,14 @@ def test_a_device_that_holds_zeros_only_has_slopes_like_any_other():
 
 
 @ways
+def test_entries_that_tie_on_several_devices_share_the_slope(way):
+    mesh, plain = mesh_of("Auto", (4, 2)), jax.tree.map(np.ones_like, arrays())
+    got = slopes(way, mesh)(put(mesh, plain, SPECS), weights("inf"))
+    want = {name: 1 / len(plain) / x.size * x for name, x in plain.items()}
+    chex.assert_trees_all_close(jax.device_get(got), want, rtol=1e-5)
+
+
+@ways
 def test_slopes_of_norms_beyond_their_squares_are_right(way):
     mesh = mesh_of("Explicit", (3, 2))
     run = slopes(way, mesh)
