@@ -24,7 +24,7 @@ def trace(history: History, findings: Sequence[Finding] = ()) -> str:
     """Draws the global norm over time, the limit, and the share of steps clipped."""
     picture = series.trace(history)
     bins, axis = picture.bins, picture.axis
-    edges = _scaled(bins.edges, bins)
+    edges = bins.position(bins.edges - bins.stride / 2)
     sides = list(itertools.pairwise(edges))
     center = (edges[:-1] + edges[1:]) / 2
     low, middle, high, top, limit = (
@@ -322,15 +322,10 @@ def _titles(picture: series.Trace) -> list[str]:
 
 
 def _when(bins: series.Bins, b: int) -> str:
-    first, last = bins.edges[b], bins.edges[b + 1] - 1
+    first, last = bins.steps(b)
     if first == last:
         return f"step {first:,}"
     return f"steps {first:,} to {last:,}"
-
-
-def _scaled(steps, bins: series.Bins) -> np.ndarray:
-    first, last = bins.edges[0], bins.edges[-1]
-    return (np.asarray(steps, np.float64) - first) / (last - first)
 
 
 def _y_labels(ticks: list[float], axis: series.LogAxis) -> str:
@@ -348,10 +343,10 @@ def _x_labels(ticks: list[float], axis: series.LogAxis) -> str:
 
 
 def _step_labels(bins: series.Bins) -> str:
-    ticks = series.step_ticks(int(bins.edges[0]), int(bins.edges[-1]) - 1)
+    ticks = series.step_ticks(int(bins.edges[0]), bins.steps(len(bins) - 1)[1])
     return "".join(
         f'<span style="left:{100 * at:.4g}%">{tick:,}</span>'
-        for tick, at in zip(ticks, _scaled(np.add(ticks, 0.5), bins), strict=True)
+        for tick, at in zip(ticks, bins.position(ticks), strict=True)
     )
 
 

@@ -115,12 +115,19 @@ class History:
         return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
+    def stride(self) -> int:
+        """How many steps lie from one row to the next, as with `watch(every=...)`."""
+        return int(np.gcd.reduce(np.diff(self.steps))) if len(self) > 1 else 1
+
+    @property
     def dropped(self) -> int:
-        """How many steps up to the last one have no row.
+        """How many rows there should be up to the last one, and are not.
 
         The ring wrote over them before they were read, or the run was not watched yet.
         """
-        return int(self.steps[-1]) + 1 - len(self) if len(self) else 0
+        if not len(self):
+            return 0
+        return int(self.steps[-1]) // self.stride + 1 - len(self)
 
     def norms(self, kind: str = "grad") -> np.ndarray:
         """Returns the norms of one kind.

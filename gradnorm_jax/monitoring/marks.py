@@ -34,14 +34,13 @@ class Moment:
 
 def moments(findings: Iterable[Finding], bins: Bins) -> list[Moment]:
     """Returns the steps to mark, the worst first; these have their labels first."""
-    first, span = int(bins.edges[0]), int(bins.edges[-1] - bins.edges[0])
     found: list[Moment] = []
     for finding in findings:
         if finding.code in CODES and finding.code not in _MOMENTS:
             continue
         taken = set()
         for step in finding.steps or (finding.step,):
-            at = (step + 0.5 - first) / span
+            at = float(bins.position(step))
             place = int(at * _MARKS)
             if not 0 < at < 1 or place in taken:
                 continue

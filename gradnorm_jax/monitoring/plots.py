@@ -91,7 +91,7 @@ def heat_map(history: History, findings: Findings = None) -> Any:
     axes.imshow(
         colors[picture.shades()],
         aspect="auto", interpolation="nearest",
-        extent=(bins.edges[0] - 0.5, bins.edges[-1] - 0.5, len(rows) - 0.5, -0.5),
+        extent=(*_span(bins), len(rows) - 0.5, -0.5),
     )  # fmt: skip
     for _, _, end in () if rows.grouped else rows.blocks()[:-1]:
         axes.axhline(end - 0.5, c="w", lw=0.6)
@@ -212,7 +212,7 @@ def _height(rows: int) -> float:
 
 def _draw_norm(axes: Any, picture: series.Trace) -> None:
     bins, color = picture.bins, palette.GRAD
-    center = (bins.edges[:-1] + bins.edges[1:] - 1) / 2
+    center = (bins.edges[:-1] + bins.edges[1:] - bins.stride) / 2
     style = "o-" if len(bins) <= 60 else "-"
     name = "each step" if bins.single else "median"
     axes.plot(center, picture.middle, style, c=color, ms=4, lw=1.4, label=name)
@@ -223,7 +223,9 @@ def _draw_norm(axes: Any, picture: series.Trace) -> None:
         axes.plot(center, picture.top, c=color, lw=0.7, alpha=0.5, label="largest")
     if not np.all(np.isnan(picture.limit)):
         stairs = {"baseline": None, "color": palette.LIMIT, "ls": "--", "lw": 1.4}
-        axes.stairs(picture.limit, bins.edges - 0.5, label="limit", **stairs)
+        axes.stairs(
+            picture.limit, bins.edges - bins.stride / 2, label="limit", **stairs
+        )
     _shade(axes, bins, palette.NONFINITE, 0.45 * picture.nonfinite)
     _shade(axes, bins, palette.ZERO, picture.zero, height=0.025)
     _log_axis(axes.yaxis, picture.axis)
@@ -248,7 +250,8 @@ def _draw_histogram(axes: Any, picture: series.Trace) -> None:
 def _mark_steps(axes: Any, bins: series.Bins, findings: Sequence[Finding]) -> None:
     """Marks the steps of findings above a picture."""
     for one in marks.moments(findings, bins):
-        at = bins.edges[0] - 0.5 + one.at * (bins.edges[-1] - bins.edges[0])
+        left, right = _span(bins)
+        at = left + one.at * (right - left)
         color = _COLORS[one.finding.level]
         style = {"color": color, "fontsize": "small", "clip_on": False}
         axes.text(
@@ -261,7 +264,7 @@ def _mark_steps(axes: Any, bins: series.Bins, findings: Sequence[Finding]) -> No
 def _shade(axes: Any, bins: series.Bins, color: str, opacity, height=1.0) -> None:
     """Shades the bins in which the opacity is not 0, from the bottom up."""
     for b in np.flatnonzero(opacity):
-        left, right = bins.edges[b : b + 2] - 0.5
+        left, right = bins.edges[b : b + 2] - bins.stride / 2
         alpha = float(opacity[b])
         axes.axvspan(left, right, ymax=height, color=color, alpha=alpha, lw=0)
 
@@ -278,10 +281,16 @@ def _log_axis(axis: Any, scale: series.LogAxis) -> None:
     axis.axes.set_axisbelow(True)
 
 
+def _span(bins: series.Bins) -> tuple[float, float]:
+    """Where the axis of steps begins and ends."""
+    half = bins.stride / 2
+    return float(bins.edges[0] - half), float(bins.edges[-1] - half)
+
+
 def _step_axis(axes: Any, bins: series.Bins) -> None:
-    ticks = series.step_ticks(int(bins.edges[0]), int(bins.edges[-1]) - 1)
+    ticks = series.step_ticks(int(bins.edges[0]), bins.steps(len(bins) - 1)[1])
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlim(bins.edges[0] - 0.5, bins.edges[-1] - 0.5)
+    axes.set_xlim(*_span(bins))
 
 
 def _row_axis(axes: Any, rows: Rows, marked: Mapping[int, list[Finding]]) -> None:

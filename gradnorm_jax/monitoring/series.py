@@ -87,10 +87,12 @@ class Bins:
     """Stretches of time: bin `b` is of the steps `edges[b]` to `edges[b + 1] - 1`.
 
     `cuts[b]` to `cuts[b + 1]` are the rows of the history that it holds, perhaps none.
+    `stride` is how many steps lie from one row to the next.
     """
 
     edges: np.ndarray
     cuts: np.ndarray
+    stride: int = 1
 
     def __iter__(self):
         """The rows of each bin, as a slice of the history."""
@@ -102,17 +104,27 @@ class Bins:
 
     @property
     def single(self) -> bool:
-        """Whether no bin is longer than one step."""
-        return bool(np.all(np.diff(self.edges) == 1))
+        """Whether no bin is longer than from one row to the next."""
+        return bool(np.all(np.diff(self.edges) == self.stride))
+
+    def position(self, steps) -> np.ndarray:
+        """Where steps are on the axis of time, from 0 to 1."""
+        middle = np.asarray(steps) + self.stride / 2
+        return (middle - self.edges[0]) / (self.edges[-1] - self.edges[0])
+
+    def steps(self, b: int) -> tuple[int, int]:
+        """The first and the last step that may have a row in a bin."""
+        return int(self.edges[b]), int(self.edges[b + 1]) - self.stride
 
 
 def time_bins(history: History) -> Bins:
     """Divides the steps of a run into at most 240 bins of nearly equal length."""
-    first, last = int(history.steps[0]), int(history.steps[-1])
-    span = last + 1 - first
+    first, stride = int(history.steps[0]), history.stride
+    span = (int(history.steps[-1]) - first) // stride + 1
     number = min(span, MOST_BINS)
-    edges = first + span * np.arange(number + 1, dtype=np.int64) // number
-    return Bins(edges, np.searchsorted(history.steps, edges))
+    rows = span * np.arange(number + 1, dtype=np.int64) // number
+    edges = first + stride * rows
+    return Bins(edges, np.searchsorted(history.steps, edges), stride)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,3 +73,15 @@ def test_norms_that_were_not_recorded_are_refused_by_name(make, kind):
 def test_a_history_cannot_be_changed_by_accident(make):
     with pytest.raises(dataclasses.FrozenInstanceError):
         make().grad = None
+
+
+def test_rows_that_are_strides_apart_are_not_dropped_ones():
+    def history(steps):
+        return History.from_rows(("grad/a",), steps, np.ones((len(steps), 1)))
+
+    assert (history([0, 10, 20, 30]).stride, history([0, 10, 20, 30]).dropped) == (
+        10,
+        0,
+    )
+    assert history([20, 30, 50]).dropped == 3  # 0, 10 and 40
+    assert history([7]).stride == 1

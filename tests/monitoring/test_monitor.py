@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas
 import pytest
 
 import gradnorm_jax as gn
@@ -239,7 +240,6 @@ def test_the_record_is_given_out_by_column():
     np.testing.assert_array_equal(
         monitor.history.details["grad_max"][:, 1], columns["grad_max/head"]
     )
-    pandas = pytest.importorskip("pandas")
     frame = monitor.to_pandas()
     assert isinstance(frame, pandas.DataFrame)
     assert frame.index.tolist() == list(range(10))

@@ -23,7 +23,7 @@ def test_each_row_is_in_the_one_bin_that_its_step_is_in(steps):
     bins = series.time_bins(history)
     assert len(bins) <= series.MOST_BINS
     assert bins.edges[0] == min(steps)
-    assert bins.edges[-1] == max(steps) + 1
+    assert bins.edges[-1] == max(steps) + history.stride
     assert np.all(np.diff(bins.edges) >= 1)
     for b, rows in enumerate(bins):
         inside = [s for s in sorted(steps) if bins.edges[b] <= s < bins.edges[b + 1]]
@@ -209,3 +209,12 @@ def test_rows_know_their_parts_and_their_blocks():
 def test_there_is_nothing_to_draw_without_norms():
     with pytest.raises(ValueError, match=r"nothing to draw .* `record=`"):
         series.main_kind(History.from_rows(["loss"], [0], [[1.0]]))
+
+
+def test_rows_that_are_strides_apart_leave_no_gaps():
+    steps = np.arange(0, 1000, 10)
+    history = History.from_rows(("grad/a",), steps, np.ones((100, 1)))
+    bins = series.time_bins(history)
+    assert (len(bins), bins.single, bins.steps(3)) == (100, True, (30, 30))
+    assert np.diff(bins.cuts).tolist() == [1] * 100
+    np.testing.assert_allclose(bins.position([0, 990]), [0.005, 0.995])
