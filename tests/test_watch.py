@@ -174,3 +174,16 @@ def test_a_second_clip_is_named_apart():
     assert (record["clip/scale"], record["clip2/clip/scale"]) == pytest.approx(
         (0.2, 0.5)
     )
+
+
+def test_a_clip_that_goes_by_another_norm_does_so_when_it_is_watched():
+    grads, params = stream(1)[0], stream(2)[1]
+    for clip in (
+        gn.clip_by_norm(1.0, norm=gn.norms.linf),
+        gn.clip_by_norm(1.0, norm=gn.norms.lp(3)),
+        gn.adaclip(),
+    ):
+        plain, _ = clip.update(grads, clip.init(params), params)
+        tx = gn.watch(clip)
+        watched, _ = tx.update(grads, tx.init(params), params)
+        chex.assert_trees_all_equal(watched, plain)
