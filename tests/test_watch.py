@@ -185,5 +185,5 @@ def test_a_clip_that_goes_by_another_norm_does_so_when_it_is_watched():
     ):
         plain, _ = clip.update(grads, clip.init(params), params)
         tx = gn.watch(clip)
-        watched, _ = tx.update(grads, tx.init(params), params)
-        chex.assert_trees_all_equal(watched, plain)
+        watched, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        chex.assert_trees_all_close(watched, plain, rtol=1e-6)
