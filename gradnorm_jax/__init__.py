@@ -6,6 +6,7 @@ from gradnorm_jax import norms, shrink, thresholds
 from gradnorm_jax._sharding import DistributedNormError
 from gradnorm_jax._trees import leaf_names
 from gradnorm_jax._typing import AUTO
+from gradnorm_jax.checkpoints import attach, detach
 from gradnorm_jax.clipping import clip_by_norm
 from gradnorm_jax.methods import (
     adaclip,
@@ -58,7 +59,7 @@ from gradnorm_jax.telemetry import (
     scalars,
 )
 from gradnorm_jax.thresholds import Threshold
-from gradnorm_jax.watching import attach, detach, measure, watch
+from gradnorm_jax.watching import measure, watch
 from gradnorm_jax.wrapping import (
     ResetState,
     ResidualState,

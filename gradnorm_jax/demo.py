@@ -75,6 +75,12 @@ class Outcome:
     pictures: tuple[Path, ...]
     findings: tuple[Finding, ...]
 
+    @property
+    def fate(self) -> str:
+        """What became of the largest norm."""
+        clipped = self.largest_norm > self.limit
+        return f"clipped to {self.limit:g}" if clipped else "not clipped"
+
 
 def train(
     directory: Path,
@@ -184,7 +190,8 @@ def _outcome(
     clipped = history.scalars["clip/scale"] < 1
     largest = int(np.where(np.isfinite(norms), norms, -1).argmax())
     report = directory / "report.html"
-    monitoring.write(history, report)
+    findings = tuple(monitoring.diagnose(history))
+    monitoring.write(history, report, findings)
     return Outcome(
         steps=len(norms),
         accuracy=accuracy,
@@ -196,8 +203,8 @@ def _outcome(
         limit=max_norm,
         run=directory,
         report=report,
-        pictures=tuple(monitoring.save_all(history, directory)),
-        findings=tuple(monitoring.diagnose(history)),
+        pictures=tuple(monitoring.save_all(history, directory, findings)),
+        findings=findings,
     )
 
 

@@ -154,7 +154,7 @@ class GradNormCallback:
 
     def findings(self) -> list[Finding]:
         """Returns what is to be said of the training so far."""
-        return self.monitor.findings()
+        return [] if self.monitor is None else self.monitor.findings()
 
     def _read(self) -> None:
         # To ask for the model makes Keras put the state of the loop into variables.
@@ -263,7 +263,8 @@ class _Record:
         for k, variable in enumerate(kept):
             variable.assign(store[str(k)])
         if self.variables:
-            self.variables[-1].assign(self._steps())
+            step = WatchState._fields[1:].index("step")
+            self.variables[step].assign(self._steps())
         return None
 
     def _update(

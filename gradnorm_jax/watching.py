@@ -72,10 +72,10 @@ def watch(
       - The updates of `tx` pass through bit for bit.
       - No callback, no host sync, one fixed shape: it rides in `scan` and in donation.
       - Nothing is filtered: a NaN, an infinity and an exact 0 are recorded as such.
-      - What is measured of the gradients is measured once: a clip or a `skip_step` at
-        the head of `tx` goes by the same sums. Inside `shard_map` the whole record
-        costs two collectives, and one more for each of the three details on request;
-        it is the same on every device.
+      - What is measured of the gradients is measured once: with `every=1` a clip or a
+        `skip_step` at the head of `tx` goes by the same sums. Inside `shard_map` the
+        whole record costs two collectives, and one more for each of the three details
+        on request; it is the same on every device.
       - A step that is not recorded costs nothing, but inside `shard_map`, where a
         branch could leave devices waiting for each other.
 
@@ -100,11 +100,18 @@ def watch(
 
     def init(params: Tree) -> WatchState:
         parts = divided(params, measured=False)
-        ring = jnp.zeros((window, len(columns_of(parts, record).names)), jnp.float32)
+        columns = columns_of(parts, record)
         none = jnp.zeros((), jnp.int32)
-        steps = jnp.full(window, -1, jnp.int32)
-        own = _sharding.placed((ring, steps, none, none), params, parts.split)
-        return WatchState(inner.init(params), *own)
+        own = WatchState(
+            (),
+            ring=jnp.zeros((window, len(columns.names)), jnp.float32),
+            steps=jnp.full(window, -1, jnp.int32),
+            rows=none,
+            step=none,
+            checksum=jnp.full((), columns.checksum, jnp.int32),
+        )
+        own = _sharding.placed(own, params, parts.split)
+        return own._replace(inner_state=inner.init(params))
 
     def update(
         updates: Tree,
@@ -132,7 +139,7 @@ def watch(
             trees = {"grad": updates, "update": outgoing, "param": params}
 
             def row() -> jax.Array:
-                norms = _norms(trees, record, divided, live)
+                norms = _norms(trees, record, divided, "watch(...).update", live)
                 return jnp.concatenate([*norms, _scalars(inner_state, value)])
 
             return outgoing, _written(state, inner_state, row, every)
@@ -174,7 +181,8 @@ def measure(
       A :class:`Stats`: float32 `[columns]`, and what the columns are.
 
     Raises:
-      ValueError: If `details` holds another word.
+      ValueError: If `details` holds another word, or `updates` or `params` have other
+        leaves than `grads`.
 
     Example:
       >>> stats = measure({"w": jnp.array([3.0, 4.0])}, value=0.5)
@@ -186,6 +194,10 @@ def measure(
             f"`measure(details=...)` must be a tuple of some of {DETAILS}, got"
             f" {details!r}."
         )
+    if not jax.tree.leaves(grads):
+        raise ValueError(
+            f"`measure(grads=...)` must be a tree with leaves, got {grads!r}."
+        )
     given = {"grad": grads, "update": updates, "param": params}
     trees = {kind: tree for kind, tree in given.items() if tree is not None}
     record = (*trees, *details)
@@ -195,105 +207,12 @@ def measure(
         groups=groups,
         stacked_axes=stacked_axes,
         placement=placement,
+        caller="measure(grads)",
         measured=True,
     )
-    row = [*_norms(trees, record, divided), _scalars(state, value)]
+    row = [*_norms(trees, record, divided, "measure"), _scalars(state, value)]
     columns = columns_of(divided(grads), record)
     return Stats(jnp.concatenate(row), columns)
-
-
-def attach(
-    opt_state: Any, params: Tree, tx: optax.GradientTransformation, *, step: int = 0
-) -> Any:
-    """Returns the state of a watched optimizer around a state that was not watched.
-
-    A record is no part of the training: save `detach(opt_state)`, and put a new record
-    around what was restored.
-
-    Args:
-      opt_state: A state of what `tx` is without `watch`, as `detach` returns it.
-      params: The parameters.
-      tx: The watched optimizer.
-      step: How many updates there were, from which the new record counts on.
-
-    Returns:
-      The state of `tx.init(params)`, with all but the record from `opt_state`.
-
-    Raises:
-      ValueError: If `tx` is not watched, or `opt_state` is of another optimizer or of
-        other parameters.
-
-    Example:
-      >>> tx, params = watch(optax.adam(0.1)), {"w": jnp.ones(2)}
-      >>> saved = detach(tx.init(params))
-      >>> attach(saved, params, tx, step=100).step
-      Array(100, dtype=int32)
-    """
-    watched = tx.init(params)
-    if not find(watched, WatchState):
-        raise ValueError(
-            "`attach(tx=...)` must be an optimizer with a record: make it with"
-            " `watch(optax....)`."
-        )
-    bare = detach(watched)
-    if jax.tree.structure(bare) != jax.tree.structure(opt_state):
-        raise ValueError(
-            "`attach(opt_state=...)` must be a state of `tx` without `watch`, of"
-            f" structure {jax.tree.structure(bare)}, got one of structure"
-            f" {jax.tree.structure(opt_state)}."
-        )
-    wanted, given = (
-        [jnp.shape(x) for x in jax.tree.leaves(state)] for state in (bare, opt_state)
-    )
-    for own, other in zip(given, wanted, strict=True):
-        if own != other:
-            raise ValueError(
-                "`attach(params=...)` must be the parameters of `opt_state`, which has"
-                f" an array of shape {own} where theirs is {other}."
-            )
-    leaves = iter(jax.tree.leaves(opt_state))
-
-    def filled(node: Any) -> Any:
-        if not isinstance(node, WatchState):
-            return next(leaves)
-        inner = jax.tree.map(filled, node.inner_state, is_leaf=_is_watched)
-        return node._replace(inner_state=inner, step=node.step + step)
-
-    return jax.tree.map(filled, watched, is_leaf=_is_watched)
-
-
-def detach(opt_state: Any) -> Any:
-    """Returns a state without the records of `watch`: what a checkpoint should hold.
-
-    Args:
-      opt_state: An optimizer's state, or a tree that holds one.
-
-    Raises:
-      ValueError: If there is no record inside.
-
-    Example:
-      >>> state = watch(optax.adam(0.1)).init({"w": jnp.ones(2)})
-      >>> jax.tree.structure(detach(state)) == jax.tree.structure(
-      ...     optax.adam(0.1).init({"w": jnp.ones(2)})
-      ... )
-      True
-    """
-    if not find(opt_state, WatchState):
-        raise ValueError(
-            "`detach(opt_state=...)` found no record of `watch` in a"
-            f" {type(opt_state).__name__}. Save the state as it is."
-        )
-
-    def bare(node: Any) -> Any:
-        if not isinstance(node, WatchState):
-            return node
-        return jax.tree.map(bare, node.inner_state, is_leaf=_is_watched)
-
-    return jax.tree.map(bare, opt_state, is_leaf=_is_watched)
-
-
-def _is_watched(node: Any) -> bool:
-    return isinstance(node, WatchState)
 
 
 def _scalars(inner_state: Any, value: jax.Array | float | None) -> jax.Array:
@@ -315,12 +234,22 @@ def _norms(
     trees: dict[str, Tree],
     record: tuple[str, ...],
     divided: Callable[[Tree], Layout],
+    caller: str,
     live: jax.Array | None = None,
 ) -> list[jax.Array]:
     """The norms to record, kind by kind, and the details of the gradients."""
+    parts = divided(trees["grad"]).part_names
 
     def tree(kind: str) -> tuple[Layout, list[jax.Array]]:
-        return divided(trees[kind]), jax.tree.leaves(trees[kind])
+        own = divided(trees[kind])
+        if own.part_names != parts:
+            only = sorted(set(own.part_names) ^ set(parts)) or own.part_names
+            raise ValueError(
+                f"`{caller}({kind}s=...)` must have the same leaves as the gradients,"
+                f" got {len(own.part_names)} parts to their {len(parts)}; of one alone"
+                f" is {only[0]!r}."
+            )
+        return own, jax.tree.leaves(trees[kind])
 
     found = fold([tree(kind) for kind in KINDS if kind in record], l2, live)
     for detail in DETAILS:
@@ -343,12 +272,12 @@ def _written(
         else:
             values = jax.lax.cond(due, row, lambda: kept)
     number = jnp.where(due, step, state.steps[at])
-    return WatchState(
-        inner_state,
-        state.ring.at[at].set(values, mode="promise_in_bounds"),
-        state.steps.at[at].set(number, mode="promise_in_bounds"),
-        state.rows + due.astype(jnp.int32),
-        jnp.asarray(optax.safe_increment(step)),
+    return state._replace(
+        inner_state=inner_state,
+        ring=state.ring.at[at].set(values, mode="promise_in_bounds"),
+        steps=state.steps.at[at].set(number, mode="promise_in_bounds"),
+        rows=state.rows + due.astype(jnp.int32),
+        step=jnp.asarray(optax.safe_increment(step)),
     )
 
 
@@ -382,4 +311,4 @@ def _check(tx: Any, window: int, every: int, record: tuple[str, ...]) -> None:
         )
 
 
-__all__ = ["attach", "detach", "measure", "watch"]
+__all__ = ["measure", "watch"]

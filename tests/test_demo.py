@@ -64,7 +64,7 @@ def test_a_spike_leads_to_its_finding(run):
 def test_each_fault_of_the_demo_leads_to_its_finding(
     fault, steps, level, first, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(monitoring, "save_all", lambda history, directory: [])
+    monkeypatch.setattr(monitoring, "save_all", lambda *_: [])
     outcome = demo.train(tmp_path / fault, steps=steps, fault=fault)
     found = {one.code: one for one in outcome.findings}
     finding = found[demo.FAULTS[fault].code]

@@ -54,7 +54,7 @@ def test_columns_say_how_large_the_parts_are():
         gn.measure(stacked, **how).columns
         for how in ({}, {"stacked_axes": {"layers": 0}}, {"groups": {".*": "all"}})
     )
-    assert plain == (plain.names, ("layers", "out"), (30, 7), (3, 1))
+    assert plain[1:4] == (("layers", "out"), (30, 7), (3, 1))
     assert layers.parts == ("layers[0]", "layers[1]", "out")
     assert (layers.sizes, layers.dims) == ((15, 15, 7), (2, 2, 1))
     assert (group.parts, group.sizes, group.dims) == (("all",), (37,), (None,))
@@ -139,5 +139,24 @@ def test_states_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"attach\(tx=.*`watch"):
         gn.attach(optax.adam(0.1).init(PARAMS), PARAMS, optax.adam(0.1))
     other = {"dense": {"b": jnp.ones(3), "w": jnp.ones((5, 3))}}
-    with pytest.raises(ValueError, match=r"attach\(params=.*\(4, 3\).*\(5, 3\)"):
+    with pytest.raises(ValueError, match=r"attach\(params=.*\[4, 3\].*\[5, 3\]"):
         gn.attach(optax.adam(0.1).init(PARAMS), other, tx)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    with pytest.raises(ValueError, match=r"attach\(params=.*bfloat16.*float32"):
+        gn.attach(optax.adam(0.1).init(half), PARAMS, tx)
+    with pytest.raises(ValueError, match=r"attach\(opt_state=.*a record already"):
+        gn.attach(tx.init(PARAMS), PARAMS, tx)
+    for step in (-1, 1.5):
+        with pytest.raises(ValueError, match=rf"attach\(step=.*got {step}"):
+            gn.attach(optax.adam(0.1).init(PARAMS), PARAMS, tx, step=step)
+
+
+def test_trees_that_do_not_match_are_refused():
+    for name in ("updates", "params"):
+        for other in ({"dense": {"b": jnp.ones(3)}}, {"dense": {"b": 1.0, "v": 1.0}}):
+            with pytest.raises(ValueError, match=rf"measure\({name}=.*'dense/[vw]'"):
+                gn.measure(PARAMS, **{name: other})
+    with pytest.raises(ValueError, match=r"measure\(grads=.*got None"):
+        gn.measure(None)
+    with pytest.raises(TypeError, match=r"measure\(grads"):
+        gn.measure({"w": jnp.ones(2, jnp.int32)})

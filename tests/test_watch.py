@@ -265,3 +265,16 @@ def test_updates_of_another_tree_are_refused():
     tx = gn.watch(optax.sgd(0.1), record=("grad",))
     with pytest.raises(ValueError, match=r"5 columns.*a tree with 6"):
         tx.update({"a": params["a"]}, tx.init(params))
+
+
+def test_a_clip_that_goes_by_another_norm_does_so_when_it_is_watched():
+    grads, params = stream(1)[0], stream(2)[1]
+    for clip in (
+        gn.clip_by_norm(1.0, norm=gn.norms.linf),
+        gn.clip_by_norm(1.0, norm=gn.norms.lp(3)),
+        gn.adaclip(),
+    ):
+        plain, _ = clip.update(grads, clip.init(params), params)
+        tx = gn.watch(clip)
+        watched, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        chex.assert_trees_all_close(watched, plain, rtol=1e-6)

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from gradnorm_jax.monitoring import History, archive
-
-#: How many of the newest rows are looked at.
-ROWS = 512
+from gradnorm_jax.monitoring.keeping import LOOK_BACK, Newest
 
 
 class Follower:
@@ -48,7 +44,9 @@ class Follower:
         if self._last is not None and (not numbers or numbers[-1] < self._last):
             self._start()  # the directory holds another run by now
         if self._last is None:
-            return self._newest(chunks)
+            for chunk in archive.newest_chunks(self.directory, LOOK_BACK):
+                self._take_in(chunk)
+            return self._history() if chunks else None
         fresh = [
             chunk
             for chunk, number in zip(chunks, numbers, strict=True)
@@ -62,27 +60,14 @@ class Follower:
     def _start(self) -> None:
         self._run = archive.read_description(self.directory)
         self._last: int | None = None
-        self._steps = np.zeros(0, np.int64)
-        self._values = np.zeros((0, len(self._run.columns)), np.float32)
-
-    def _newest(self, chunks: list[Path]) -> History | None:
-        rows, first = 0, len(chunks)
-        while first and rows < ROWS:
-            first -= 1
-            rows += len(archive.read_chunk(chunks[first])[0])
-        for chunk in chunks[first:]:
-            self._take_in(chunk)
-        return self._history() if chunks else None
+        self._newest = Newest(len(self._run.columns))
 
     def _take_in(self, chunk: Path) -> None:
-        steps, values = archive.read_chunk(chunk)
-        kept = self._steps < steps[0]  # where a run went back, the new rows count
-        self._steps = np.concatenate([self._steps[kept], steps])[-ROWS:]
-        self._values = np.concatenate([self._values[kept], values])[-ROWS:]
+        self._newest.add(*archive.read_chunk(chunk))
         self._last = archive.number_of(chunk)
 
     def _history(self) -> History:
-        return self._run.history(self._steps, self._values)
+        return self._run.history(self._newest.steps, self._newest.values)
 
 
-__all__ = ["ROWS", "Follower"]
+__all__ = ["Follower"]

@@ -14,8 +14,8 @@ from gradnorm_jax.cli import terminal
 from gradnorm_jax.cli.following import Follower
 from gradnorm_jax.monitoring.diagnosis.evidence import several
 from gradnorm_jax.monitoring.diagnosis.finding import LEVELS
-from gradnorm_jax.monitoring.rows import network_order
-from gradnorm_jax.monitoring.series import NAMES, main_kind, plain
+from gradnorm_jax.monitoring.rows import network_order, tell_apart
+from gradnorm_jax.monitoring.series import NAMES, main_kind, plain, share_clipped
 from gradnorm_jax.monitoring.summary import percent
 
 _PAUSE = 0.5  # seconds from one look at the directory to the next
@@ -39,9 +39,8 @@ class Look:
     def clipped(self) -> str | None:
         """The share of the last steps that was clipped, if any clip was at work."""
         fractions = self.history.scalars.get("clip/fraction", np.zeros(0))
-        known = fractions[-_LATE_ROWS:]
-        known = known[~np.isnan(known)]
-        return percent(float(known.mean())) if len(known) else None
+        share = share_clipped(fractions[-_LATE_ROWS:])
+        return None if np.isnan(share) else percent(share)
 
     @property
     def loss(self) -> np.ndarray | None:
@@ -170,20 +169,26 @@ def _table(look: Look, age: str, size: Any, *, unicode: bool) -> Any:
     lines = sum(len(textwrap.wrap(text.plain, size.width)) for text in told)
     used = 7 + whole.row_count + lines
     chosen = _foremost(look, kind, max(3, size.height - used))
-    ratio = {"update", "param"} <= set(history.kinds)
+    ratio = {"update", "param"} <= set(history.kinds) and size.width >= 72
+    found = [", ".join(_codes(look, history.parts[i])) for i in chosen]
+    names = [tell_apart(history.parts)[history.parts[i]] for i in chosen]
+    # What is left beside norm, update/param and findings, with the space between them.
+    room = size.width - 13 - 14 * ratio - max(7, *map(len, found)) - 2
+    drawn = min(16, max(6, room - min(max(map(len, names)), 40)))
     parts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    parts.add_column("part", no_wrap=True, max_width=max(16, size.width - 52))
+    parts.add_column("part", no_wrap=True)
     parts.add_column("norm", justify="right", no_wrap=True)
-    parts.add_column(f"last {min(_LATE_ROWS, len(history))} steps", no_wrap=True)
+    parts.add_column(f"last {min(_LATE_ROWS, len(history))}", no_wrap=True)
     if ratio:
         parts.add_column("update/param", justify="right", no_wrap=True)
     parts.add_column("found", no_wrap=True)
-    for i in chosen:
+    for i, name, codes in zip(chosen, names, found, strict=True):
         norms = history.norms(kind)[-_LATE_ROWS:, i]
-        cells: list[Any] = [Text(history.parts[i]), plain(norms[-1]), curve(norms, 16)]
+        short = terminal.cut_head(name, max(8, room - drawn), unicode=unicode)
+        cells: list[Any] = [Text(short), plain(norms[-1]), curve(norms, drawn)]
         if ratio:
             cells.append(plain(history.update_ratio[-1, i]))
-        cells.append(Text(", ".join(_codes(look, history.parts[i]))))
+        cells.append(Text(codes))
         parts.add_row(*cells)
     rest = len(history.parts) - len(chosen)
     more = [Text(f"and {several(rest, 'part')} more", style="dim")] if rest else []

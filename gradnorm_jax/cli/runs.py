@@ -12,12 +12,12 @@ def report(options: argparse.Namespace) -> int:
     """Writes the page, prints where it is, and what was found in the run."""
     history = monitoring.load(options.directory)
     page = options.output or options.directory / "report.html"
-    monitoring.write(history, page)
+    findings = monitoring.diagnose(history)
+    monitoring.write(history, page, findings)
     print(page)
     if options.png:
-        for picture in monitoring.save_all(history, page.parent):
+        for picture in monitoring.save_all(history, page.parent, findings):
             print(picture)
-    findings = monitoring.diagnose(history)
     terminal.show_findings(findings, len(history))
     return _exit_code(findings, options.strict)
 

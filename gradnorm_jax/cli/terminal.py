@@ -132,6 +132,19 @@ def cut(line: str, columns: int | None, *, unicode: bool) -> str:
     return line[: columns - len(end)] + end
 
 
+def cut_head(name: str, columns: int, *, unicode: bool) -> str:
+    """Cuts a name at its beginning, since paths differ at their ends.
+
+    Example:
+      >>> cut_head("decoder/block_3/kernel", 12, unicode=False)
+      '..._3/kernel'
+    """
+    if len(name) <= columns:
+        return name
+    start = "…" if unicode else "..."
+    return start + name[len(name) - columns + len(start) :]
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Update]:
     """A progress bar on a terminal; elsewhere a line now and then."""

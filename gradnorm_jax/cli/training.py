@@ -33,7 +33,7 @@ def demonstrate(options: argparse.Namespace) -> int:
         f"\ntest accuracy    {outcome.accuracy:.1%} after {outcome.steps} steps in"
         f" {seconds:.0f} s\n"
         f"largest norm     {outcome.largest_norm:.3g} at step {outcome.largest_step},"
-        f" clipped to {outcome.limit:g}"
+        f" {outcome.fate}"
     )
     burst, others = outcome.burst, outcome.steps - len(outcome.burst)
     if burst:

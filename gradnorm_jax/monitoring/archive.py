@@ -17,7 +17,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,15 +40,18 @@ class Archive:
     def __init__(
         self,
         directory: Path,
-        columns: Sequence[str],
-        sizes: Mapping[str, float],
-        dims: Mapping[str, int | None] | None = None,
+        description: "Description",
         *,
         resume: bool,
     ):
         """Makes the directory, or goes on with the run that it holds."""
         self.directory = directory
-        self.columns = tuple(columns)
+        self.columns = tuple(description.columns)
+        if directory.exists() and not directory.is_dir():
+            raise FileExistsError(
+                f"`Monitor(dir={str(directory)!r})` is a file. Name a directory for the"
+                " run, which is made."
+            )
         directory.mkdir(parents=True, exist_ok=True)
         chunks = chunks_of(directory)
         if chunks:
@@ -56,15 +59,10 @@ class Archive:
         self._next_chunk = number_of(chunks[-1]) + 1 if chunks else 1
         self.next_step = int(read_chunk(chunks[-1])[0][-1]) + 1 if chunks else 0
         self._cut_torn_line()
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "columns": self.columns,
-            "parts": {part: int(size) for part, size in sizes.items()},
-        }
-        if dims is not None:
-            description["dims"] = dict(dims)
-        text = json.dumps(description, indent=1, allow_nan=False) + "\n"
+        known = {"parts": description.sizes, "dims": description.dims}
+        says = {"format": FORMAT, "version": VERSION, "columns": self.columns}
+        says |= {name: of for name, of in known.items() if of is not None}
+        text = json.dumps(says, indent=1, allow_nan=False) + "\n"
         write_whole(directory / RUN, lambda file: file.write(text.encode()))
 
     def append(self, steps: np.ndarray, rows: np.ndarray) -> None:
@@ -77,6 +75,10 @@ class Archive:
         lines = _lines(History.from_rows(self.columns, steps, rows))
         with open(self.directory / SCALARS, "ab", buffering=0) as file:
             file.write(lines.encode())
+
+    def history(self) -> History:
+        """Returns all rows that were written."""
+        return load(self.directory)
 
     def _check_that_it_can_go_on(self, resume: bool) -> None:
         if not resume:
@@ -138,8 +140,8 @@ class Description(NamedTuple):
     """What the columns and the parts of a run are."""
 
     columns: tuple[str, ...]
-    sizes: dict[str, int] | None
-    dims: dict[str, int | None] | None
+    sizes: dict[str, int] | None = None
+    dims: dict[str, int | None] | None = None
 
     def history(self, steps: np.ndarray, rows: np.ndarray) -> History:
         """Returns some rows of the run as a history."""
@@ -189,6 +191,16 @@ def read_description(directory: Path) -> Description:
 def chunks_of(directory: Path) -> list[Path]:
     """Returns the files of rows, oldest first."""
     return sorted(directory.glob("rows-*.npz"), key=number_of)
+
+
+def newest_chunks(directory: Path, rows: int) -> list[Path]:
+    """Returns the last files that hold so many rows together, oldest first."""
+    chunks = chunks_of(directory)
+    first = len(chunks)
+    while first and rows > 0:
+        first -= 1
+        rows -= len(read_chunk(chunks[first])[0])
+    return chunks[first:]
 
 
 def number_of(chunk: Path) -> int:

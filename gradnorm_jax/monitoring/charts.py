@@ -1,7 +1,7 @@
 """The three pictures of a report: HTML around SVG, so that text keeps its size."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from gradnorm_jax.monitoring import marks, palette, series, svg
 from gradnorm_jax.monitoring.diagnosis import Finding
 from gradnorm_jax.monitoring.history import History
-from gradnorm_jax.monitoring.rows import Rows
+from gradnorm_jax.monitoring.rows import Rows, tell_apart
 from gradnorm_jax.monitoring.series import plain
 from gradnorm_jax.monitoring.summary import percent
 
@@ -138,6 +138,9 @@ def heat(history: History, findings: Sequence[Finding] = ()) -> str:
     ticks = picture.axis.ticks(5)
     keys = [("zero", "exactly zero")] * bool((picture.largest == 0).any())
     keys += [("nonfinite", "NaN or inf")] * bool((~np.isfinite(picture.largest)).any())
+    largest = np.max(picture.largest, initial=0, where=np.isfinite(picture.largest))
+    if largest > picture.axis.high:
+        keys += [("beyond", f"beyond the scale, up to {plain(largest)}")]
     keys += [("mark", "named by a finding")] * bool(of_rows)
     points = ",".join(
         f"rgb({red},{green},{blue})"
@@ -254,32 +257,6 @@ def _row_labels(
         for name, at, level in sorted(shown, key=lambda place: place[1])
     )
     return f'<div class="y">{spans}</div>'
-
-
-def tell_apart(names: Iterable[str]) -> dict[str, str]:
-    """Shortens paths by what all of them begin and end with.
-
-    Example:
-      >>> tell_apart(["params/dense_0/kernel", "params/dense_1/kernel"])
-      {'params/dense_0/kernel': 'dense_0', 'params/dense_1/kernel': 'dense_1'}
-    """
-    paths = {name: name.split("/") for name in names}
-    if len(paths) < 2:
-        return {name: name for name in paths}
-    most = min(map(len, paths.values())) - 1
-    start = _number_alike(paths.values(), most)
-    end = _number_alike([path[::-1] for path in paths.values()], most - start)
-    return {
-        name: "/".join(path[start : len(path) - end]) for name, path in paths.items()
-    }
-
-
-def _number_alike(paths: Iterable[list[str]], most: int) -> int:
-    """Returns how many names all paths begin with, `most` at most."""
-    for depth, alike in enumerate(zip(*paths, strict=False)):
-        if depth == most or len(set(alike)) > 1:
-            return depth
-    return most
 
 
 def _elidable(name: str) -> str:

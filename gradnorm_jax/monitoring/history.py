@@ -117,17 +117,21 @@ class History:
     @property
     def stride(self) -> int:
         """How many steps lie from one row to the next, as with `watch(every=...)`."""
-        return int(np.gcd.reduce(np.diff(self.steps))) if len(self) > 1 else 1
+        if len(self) < 2:
+            return 1
+        apart = np.sort(np.diff(self.steps))
+        return int(apart[(len(apart) - 1) // 2])
 
     @property
     def dropped(self) -> int:
-        """How many rows there should be up to the last one, and are not.
+        """How many rows are missing between the first and the last one.
 
-        The ring wrote over them before they were read, or the run was not watched yet.
+        The ring wrote over them before they were read.
         """
         if not len(self):
             return 0
-        return int(self.steps[-1]) // self.stride + 1 - len(self)
+        gaps = np.diff(self.steps) // self.stride - 1
+        return int(np.maximum(gaps, 0).sum())
 
     def norms(self, kind: str = "grad") -> np.ndarray:
         """Returns the norms of one kind.

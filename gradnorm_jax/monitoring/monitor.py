@@ -1,5 +1,8 @@
 """Monitor: takes the rows of norms out of the optimizer's state while a run goes on."""
 
+import contextlib
+import logging
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,15 +13,18 @@ from typing import Any
 import numpy as np
 
 from gradnorm_jax.monitoring import plots, records
-from gradnorm_jax.monitoring.archive import Archive, load
-from gradnorm_jax.monitoring.diagnosis import DEFAULT_RULES, Finding, diagnose
+from gradnorm_jax.monitoring.archive import (
+    Archive,
+    Description,
+    newest_chunks,
+    read_chunk,
+)
+from gradnorm_jax.monitoring.diagnosis import DEFAULT_RULES, Finding
 from gradnorm_jax.monitoring.history import History
+from gradnorm_jax.monitoring.keeping import LOOK_BACK, Memory, Newest
 from gradnorm_jax.monitoring.report import report, write
-from gradnorm_jax.monitoring.telling import Teller
-from gradnorm_jax.monitoring.writers import as_writer
+from gradnorm_jax.monitoring.telling import Sender, Teller
 
-#: How many rows a drain looks back on for findings.
-_LOOK_BACK = 512
 _PICTURES = {"trace": plots.norm_trace, "heat": plots.heat_map, "flow": plots.flow}
 
 
@@ -50,8 +56,9 @@ class Monitor:
         function, a list of them; see :func:`as_writer`.
       log_parts: Send every column of the newest row too: "grad/<part>" and its like.
       warn: What to do with a finding of level "warning" or "error" that a drain comes
-        upon: "log" it, "raise" an error, "off", or call this function with it. Each is
-        told once, and again every 500 steps.
+        upon: "log" it, "raise" if it is an error, which ends the training up to
+        `2 * every` calls late, "off", or call this function with it. Each is told once,
+        and where it lasts or comes back again after 500 steps.
       rules: The rules of :func:`diagnose`.
       names: Other names for the parts: `{name: other}`, or a function.
       ignore: Patterns of the parts that are left out of findings.
@@ -65,7 +72,10 @@ class Monitor:
       FileExistsError: If `dir` holds a run and `resume` is not set.
       ValueError: If `every` is not positive, if the run to resume has other columns;
         and when called, if the state is not watched or its ring has other columns.
-      FindingError: By a drain, with `warn="raise"`.
+      FindingError: By a drain that comes upon an error, with `warn="raise"`.
+
+    Attributes:
+      num_dropped: How many rows were written over before they were read.
 
     Example::
 
@@ -88,37 +98,34 @@ class Monitor:
         warn: str | Callable[[Finding], Any] = "log",
         rules: Sequence[Callable] = DEFAULT_RULES,
         names: records.Names | None = None,
-        ignore: Sequence[str] = (),
+        ignore: str | Sequence[str] = (),
         resume: bool = False,
         record: Sequence[str] = ("grad", "update", "param"),
         groups: Any = None,
         stacked_axes: Any = None,
     ):
-        if not isinstance(every, int) or every < 1:
+        if not hasattr(every, "__index__") or operator.index(every) < 1:
             raise ValueError(
                 f"`Monitor(every=...)` must be a whole number of at least 1, got"
                 f" {every!r}. It is the number of calls from one drain to the next."
             )
-        self.every, self.rules, self.ignore = every, tuple(rules), tuple(ignore)
-        self._teller = Teller(warn, self.rules, self.ignore)
+        self.every, self.num_dropped = every, 0
+        self._teller = Teller(warn, rules, ignore)
         self._is_first = records.is_first_process()
-        self._log, self._log_parts = log if self._is_first else None, log_parts
-        self._writer = None if self._log is None else as_writer(self._log)
+        self._sender = Sender(log if self._is_first else None, log_parts)
         self._dir = None if dir is None else Path(dir)
         self._resume = resume
         self._names = names
         self._columns: Any = None
-        self._archive: Archive | None = None
-        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
-        self._next_step = self._seen = 0
+        self._store: Archive | Memory | None = None
+        self._newest = Newest(0)
+        self._rows_read: int | None = 0  # of those ever written to the ring
         self._calls = 0
         self._source: str | None = None
         self._state: Any = None  # the last one given, not drained yet
         self._copy: records.Copy | None = None  # on its way to the host
-        self._stats: list[Any] = []  # given to `append` since the last drain
-        self._stats_copy: list[Any] = []  # on their way to the host
-        self._sent: set[str] = set()
-        self._warned = False
+        self._stats: list[tuple[int | None, Any]] = []  # given since the last drain
+        self._stats_copy: list[tuple[int | None, Any]] = []  # on their way to the host
         if params is not None:
             self._open(records.describe(params, record, groups, stacked_axes, names))
 
@@ -138,17 +145,20 @@ class Monitor:
             )
         if self._source is None:
             self._find(state)  # so that a mistake shows at the first step
+            records.check_columns(state, self._columns)
         self._check_source("a state")
         self._calls += 1
         self._state = state
         if self._calls % self.every == 0:
             self._drain()
 
-    def append(self, stats: Any) -> None:
+    def append(self, stats: Any, *, step: int | None = None) -> None:
         """Takes one row that `measure` returned, or those that a `scan` gave out.
 
         Args:
           stats: What `gradnorm_jax.measure` returned.
+          step: The number of its first step; without it, the one after the last row. A
+            step that is given again replaces what came from it on.
         """
         if not self._is_first:
             return
@@ -162,7 +172,7 @@ class Monitor:
                 f" before it {len(self.columns)}. Measure the same at every step, and"
                 " what `Monitor(params, record=...)` says, if that is given."
             )
-        self._stats.append(records.start_stats(stats))
+        self._stats.append((step, records.start_stats(stats)))
         self._calls += 1
         if self._calls % self.every == 0:
             self._drain()
@@ -177,21 +187,26 @@ class Monitor:
         """All rows that were taken in so far; after `close` the whole run.
 
         Raises:
-          ValueError: If there is none yet.
+          ValueError: If there is none yet; in a process that is not the first, which
+            alone reads.
         """
-        self._take_in()
-        if self._archive is not None:
-            return load(self._archive.directory)
-        if not self._kept:
+        self._settle()
+        if not self._is_first:
+            raise ValueError(
+                "`Monitor.history`: process 0 alone reads the rows. Ask there:"
+                " `if jax.process_index() == 0`."
+            )
+        if self._store is None or not len(self._newest.steps):
             raise ValueError(
                 "`Monitor.history`: no row was taken in yet. They are by the second"
                 " drain, so after 2 * `every` calls, or by `Monitor.close()`."
             )
-        return self._history_of(*map(np.concatenate, zip(*self._kept, strict=True)))
+        return self._store.history()
 
     def findings(self) -> list[Finding]:
         """Returns what is to be said of the run so far."""
-        return diagnose(self.history, self.rules, ignore=self.ignore)
+        self._settle()
+        return self._findings(self.history) if len(self._newest.steps) else []
 
     def report(self, path: str | os.PathLike) -> None:
         """Writes one HTML page of what has been recorded so far.
@@ -200,7 +215,8 @@ class Monitor:
           path: Where the page goes. After `close` it shows the whole run.
         """
         if self._is_first:
-            write(self.history, path, self.findings())
+            history = self.history
+            write(history, path, self._findings(history))
 
     def to_dict(self) -> dict[str, np.ndarray]:
         """Returns every column by its name, and the steps as "step"."""
@@ -229,16 +245,16 @@ class Monitor:
                 f"`Monitor.plot(kind=...)` must be one of {tuple(_PICTURES)}, got"
                 f" {kind!r}."
             )
-        return _PICTURES[kind](self.history)
+        history = self.history
+        return _PICTURES[kind](history, self._findings(history))
 
     def close(self) -> None:
         """Takes in all that the last state holds. Closing twice does nothing more."""
-        if self._state is not None or self._stats:
-            self._drain()
-        self._take_in()
-        if self._writer is not None and self._writer is not self._log:
-            self._writer.close()
-        self._writer = None
+        with contextlib.ExitStack() as stack:  # all of it, whatever is raised
+            stack.callback(self._sender.close)
+            stack.callback(self._settle)
+            if self._state is not None or self._stats:
+                self._drain()
 
     def __enter__(self) -> "Monitor":
         """Returns the monitor itself."""
@@ -251,24 +267,39 @@ class Monitor:
     def __repr__(self) -> str:
         """Says how far it is."""
         where = f", dir={str(self._dir)!r}" if self._dir else ""
-        return f"Monitor({self._next_step} steps, {len(self.columns)} columns{where})"
+        number = self._store.next_step if self._store else 0
+        return f"Monitor({number} steps, {len(self.columns)} columns{where})"
 
     def _repr_html_(self) -> str:
         """The report, in a frame of its own."""
-        page = escape(report(self.history, self.findings()))
+        self._settle()
+        if not len(self._newest.steps):
+            return escape(repr(self))
+        history = self.history
+        page = escape(report(history, self._findings(history)))
         return f'<iframe srcdoc="{page}" style="width:100%;height:45em;border:0">'
 
+    def _findings(self, history: History) -> list[Finding]:
+        return self._teller.look(history)
+
     def _open(self, columns: Any) -> None:
+        """Gets ready for rows with these columns, from now on or as a run goes on."""
         self._columns = columns
-        if self._dir is not None and self._is_first:
-            self._archive = Archive(
-                self._dir,
-                columns.names,
-                dict(zip(columns.parts, columns.sizes, strict=True)),
-                dict(zip(columns.parts, columns.dims, strict=True)),
-                resume=self._resume,
-            )
-            self._next_step = self._seen = self._archive.next_step
+        self._newest = Newest(len(columns.names))
+        self._description = Description(
+            columns.names,
+            dict(zip(columns.parts, columns.sizes, strict=True)),
+            dict(zip(columns.parts, columns.dims, strict=True)),
+        )
+        if not self._is_first:
+            return
+        if self._dir is None:
+            self._store = Memory(self._description)
+            return
+        self._store = Archive(self._dir, self._description, resume=self._resume)
+        for chunk in newest_chunks(self._dir, LOOK_BACK):
+            self._newest.add(*read_chunk(chunk))
+            self._rows_read = None
 
     def _check_source(self, source: str) -> None:
         if self._source not in (None, source):
@@ -285,87 +316,78 @@ class Monitor:
         """Starts a copy to the host and takes in the copy that was started before."""
         found = None if self._state is None else self._find(self._state)
         self._state = None
-        copy = None if found is None else records.start_copy(found)
-        stats, self._stats = self._stats, []
-        self._take_in()
-        self._copy, self._stats_copy = copy, stats
-        if found is not None and copy is None:
+        arrived = self._copy, self._stats_copy
+        self._copy = None if found is None else records.start_copy(found)
+        self._stats_copy, self._stats = self._stats, []
+        if found is not None and self._copy is None:
             warnings.warn(
-                "`Monitor.close` could not read the last rows: the last state that it"
-                " was given has been donated since. Call the monitor after every step.",
+                "`Monitor` could not read the last rows: the state that it was given"
+                " has been donated since. Give it the state that the step returns,"
+                " right after every step.",
                 stacklevel=3,
             )
+        self._take_in(*arrived)
 
-    def _take_in(self) -> None:
-        """Takes in the rows of the copy that are new, oldest first."""
-        if self._stats_copy:
-            values = records.finish_stats(self._stats_copy, len(self.columns))
-            self._stats_copy = []
-            self._keep(self._next_step + np.arange(len(values)), values)
-        if self._copy is None:
+    def _settle(self) -> None:
+        """Takes in what is on its way."""
+        arrived = self._copy, self._stats_copy
+        self._copy, self._stats_copy = None, []
+        self._take_in(*arrived)
+
+    def _take_in(self, copy: records.Copy | None, stats: list) -> None:
+        """Stores the rows that are new, sends scalars, and tells what is found."""
+        arrived = self._of_stats(stats) + ([] if copy is None else self._of_ring(copy))
+        for steps, values in arrived:
+            assert self._store is not None
+            if steps[0] < self._store.next_step:
+                logging.getLogger("gradnorm_jax").warning(
+                    "`Monitor`: the run went back from step %d to step %d; rows from"
+                    " there on replace those that were recorded before.",
+                    self._store.next_step,
+                    steps[0],
+                )
+            self._store.append(steps, values)
+            self._newest.add(steps, values)
+        if not arrived:
             return
-        steps, values, rows = records.finish_copy(self._copy)
-        self._copy = None
-        dropped = rows - self._seen - len(steps)
-        arrived, self._seen = rows - self._seen, rows
-        if len(steps) and steps[-1] >= self._next_step:
-            new = steps >= self._next_step
-            steps, values = steps[new], values[new]
-        else:  # nothing new, or the run went back to an earlier state
-            new = len(steps) and steps[-1] + 1 != self._next_step
-            steps, values = (steps, values) if new else (steps[:0], values[:0])
-        if len(steps):
-            self._keep(steps, values)
-        if dropped > 0:
-            self._warn_of_dropped(dropped, arrived, len(values))
+        self._sender.send(self._description.history(*arrived[-1]))
+        newest = self._newest
+        self._teller.tell(self._description.history(newest.steps, newest.values))
 
-    def _keep(self, steps: np.ndarray, values: np.ndarray) -> None:
-        """Stores rows, sends their scalars, and tells what is found in them."""
-        if self._archive is not None:
-            self._archive.append(steps, values)
-        self._next_step = int(steps[-1]) + 1
-        kept = [(s[s < steps[0]], v[s < steps[0]]) for s, v in self._kept]
-        self._kept = [*kept, (steps, values)]
-        numbers = np.array([len(s) for s, _ in self._kept])
-        later = np.cumsum(numbers[::-1])[::-1] - numbers
-        recent = self._kept[int(np.sum(later >= _LOOK_BACK)) :]
-        if self._archive is not None:
-            self._kept = recent
-        if self._log is not None:
-            self._send(self._history_of(steps, values))
-        self._teller.tell(
-            self._history_of(*map(np.concatenate, zip(*recent, strict=True)))
-        )
+    def _of_stats(self, stats: list) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns what was measured: a piece for each time that the steps went back."""
+        if not stats:
+            return []
+        assert self._store is not None
+        rows = records.finish_stats([x for _, x in stats], len(self.columns))
+        numbers, following = [], self._store.next_step
+        for (step, _), some in zip(stats, rows, strict=True):
+            first = following if step is None else step
+            numbers.append(np.arange(first, first + len(some)))
+            following = first + len(some)
+        steps, values = np.concatenate(numbers), np.concatenate(rows)
+        cuts = np.flatnonzero(np.diff(steps) <= 0) + 1
+        return list(zip(np.split(steps, cuts), np.split(values, cuts), strict=True))
 
-    def _send(self, new: History) -> None:
-        """Sends the scalars of the newest row; not those that there never were."""
-        metrics = new.metrics() | (new.columns() if self._log_parts else {})
-        self._sent |= {k for k, v in metrics.items() if not np.all(np.isnan(v))}
-        scalars = {k: float(v[-1]) for k, v in metrics.items() if k in self._sent}
-        if "grad_norm/global_preclip" in metrics:
-            largest = metrics["grad_norm/global_preclip"].max()
-            scalars["grad_norm/global_preclip_max"] = float(largest)
-        self._writer = self._writer or as_writer(self._log)
-        self._writer.write(int(new.steps[-1]), scalars)
+    def _of_ring(self, copy: records.Copy) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns the new rows of a ring, if there are any, as one piece."""
+        steps, values, rows = records.finish_copy(copy)
+        self._newest.most = max(LOOK_BACK, len(copy.ring))
+        if self._rows_read is not None:
+            self._warn_of_dropped(rows - self._rows_read - len(steps), rows, len(steps))
+        self._rows_read = rows
+        first = self._newest.first_new(steps, values)
+        return [(steps[first:], values[first:])] if first < len(steps) else []
 
-    def _history_of(self, steps: np.ndarray, values: np.ndarray) -> History:
-        assert self._columns is not None
-        return History.from_rows(
-            self.columns,
-            steps,
-            values,
-            sizes=self._columns.sizes,
-            dims=self._columns.dims,
-        )
-
-    def _warn_of_dropped(self, dropped: int, steps: int, window: int) -> None:
-        if not self._warned:
+    def _warn_of_dropped(self, dropped: int, rows: int, window: int) -> None:
+        if dropped > 0 and not self.num_dropped:
+            arrived = rows - (self._rows_read or 0)
             warnings.warn(
-                f"`Monitor` lost {dropped} rows: {steps} steps passed since the last"
-                f" drain and the ring holds {window}. Use `watch(..., window={steps})`,"
-                " a smaller `Monitor(every=...)`, or a shorter inner `scan`. A state"
+                f"`Monitor` lost {dropped} rows: {arrived} were written since the last"
+                f" drain and the ring holds {window}. Use `watch(window={arrived})`, a"
+                " smaller `Monitor(every=...)`, or a shorter inner `scan`. A state"
                 " from a checkpoint needs `Monitor(resume=True)` in the `dir` of its"
-                " run. This is said once.",
-                stacklevel=5,
+                " run. This is said once; `num_dropped` counts on.",
+                stacklevel=6,
             )
-        self._warned = True
+        self.num_dropped += max(dropped, 0)

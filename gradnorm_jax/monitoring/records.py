@@ -43,6 +43,20 @@ def describe(
     return _renamed(telemetry.columns_of(parts, tuple(record)), names)
 
 
+def check_columns(state: Any, columns: telemetry.Columns) -> None:
+    """Refuses a ring with as many columns as are known, but others.
+
+    It waits for the state: once is enough.
+    """
+    [given, *_] = jax.tree.leaves(telemetry.find(state, telemetry.WatchState)[0][-1:])
+    if int(jax.device_get(given)) != columns.checksum:
+        raise ValueError(
+            "`Monitor` was made for other columns than those in the state, though as"
+            " many. Give `Monitor` and `watch` the same parameters, `record=`,"
+            " `groups=` and `stacked_axes=`."
+        )
+
+
 def find_ring(state: Any, num_columns: int) -> Copy:
     """Returns the ring in anything that holds the state of `watch`."""
     found = telemetry.find(state, telemetry.WatchState)
@@ -123,15 +137,25 @@ def start_stats(stats: Any) -> Any:
     return stats.values
 
 
-def finish_stats(values: Sequence[Any], num_columns: int) -> np.ndarray:
-    """Returns rows that were measured, those of a `scan` too: `[rows, columns]`."""
-    rows = [np.asarray(x).reshape(-1, num_columns) for x in jax.device_get(values)]
-    return np.concatenate(rows)
+def finish_stats(values: Sequence[Any], num_columns: int) -> list[np.ndarray]:
+    """Returns what was measured each time, in a `scan` too: `[rows, columns]`."""
+    return [np.asarray(x).reshape(-1, num_columns) for x in jax.device_get(values)]
 
 
 def _renamed(columns: telemetry.Columns, names: Names | None) -> telemetry.Columns:
     if names is None:
         return columns
+    if not callable(names) and not isinstance(names, Mapping):
+        raise TypeError(
+            "`Monitor(names=...)` must be `{name: other name}` or a function of a name,"
+            f" got {names!r}."
+        )
+    if isinstance(names, Mapping) and not set(names) <= set(columns.parts):
+        wrong = next(name for name in names if name not in columns.parts)
+        raise ValueError(
+            f"`Monitor(names=...)` names {wrong!r}, which is no part. The parts are"
+            f" {', '.join(columns.parts[:5])}{', ...' * (len(columns.parts) > 5)}."
+        )
     new = names if callable(names) else lambda part: names.get(part, part)
     of = {part: str(new(part)) for part in columns.parts}
     if len(set(of.values())) < len(of):

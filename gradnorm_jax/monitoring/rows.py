@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -139,9 +139,15 @@ def block_of(part: str) -> str:
 
 
 def _by_block(members: Members) -> Members:
+    """Groups parts by block, below the numbered names that all paths share."""
+    paths = {part: part.split("/") for part in members}
+    shared = number_alike(paths.values(), min(map(len, paths.values())) - 1)
+    names = next(iter(paths.values()))[:shared]
+    shared = max((d + 1 for d, x in enumerate(names) if re.search(r"\d", x)), default=0)
     blocks: Members = {}
-    for part, positions in members.items():
-        blocks.setdefault(block_of(part), []).extend(positions)
+    for part, path in paths.items():
+        block = block_of("/".join(path[shared:]))
+        blocks.setdefault(block, []).extend(members[part])
     return blocks
 
 
@@ -154,6 +160,32 @@ def _by_neighbor(members: Members) -> Members:
         label = " \N{HORIZONTAL ELLIPSIS} ".join(dict.fromkeys((run[0], run[-1])))
         neighbors[label] = [i for name in run for i in members[name]]
     return neighbors
+
+
+def number_alike(paths: Iterable[Sequence[str]], most: int) -> int:
+    """Returns how many names all paths begin with, `most` at most."""
+    for depth, alike in enumerate(zip(*paths, strict=False)):
+        if depth == most or len(set(alike)) > 1:
+            return depth
+    return most
+
+
+def tell_apart(names: Iterable[str]) -> dict[str, str]:
+    """Shortens paths by what all of them begin and end with.
+
+    Example:
+      >>> tell_apart(["params/dense_0/kernel", "params/dense_1/kernel"])
+      {'params/dense_0/kernel': 'dense_0', 'params/dense_1/kernel': 'dense_1'}
+    """
+    paths = {name: name.split("/") for name in names}
+    if len(paths) < 2:
+        return {name: name for name in paths}
+    most = min(map(len, paths.values())) - 1
+    start = number_alike(paths.values(), most)
+    end = number_alike([path[::-1] for path in paths.values()], most - start)
+    return {
+        name: "/".join(path[start : len(path) - end]) for name, path in paths.items()
+    }
 
 
 def _without_numbers(name: str) -> str:

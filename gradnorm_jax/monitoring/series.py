@@ -280,7 +280,7 @@ def flow(history: History) -> Flow:
 
 def main_kind(history: History) -> str:
     """Returns which norms the pictures show: of gradients, if they were recorded."""
-    if not history.parts or not len(history):
+    if not history.kinds or not len(history):
         raise ValueError(
             f"There is nothing to draw in {history!r}. Record at least one kind of"
             " norm, by `record=` of `watch` and `Monitor`."

@@ -77,7 +77,8 @@ figcaption p { color: var(--soft); font-size: .9375rem; margin-top: .25rem; }
 .moments span { top: auto; bottom: .125rem; text-align: center; color: var(--soft); }
 .moments b { display: block; font-weight: 600; }
 .moments span::after { content: "\\25BC"; font-size: .5rem; }
-@media (max-width: 44rem) { .moments .wide { display: none; } }
+@media (max-width: 44rem) { .moments .wide { display: none; }
+  .plot img { image-rendering: auto; } }
 .moments .error { color: var(--bad); }
 .moments .warning { color: var(--warn); }
 .pair { display: grid; gap: 2rem 2.5rem;
@@ -135,6 +136,7 @@ i.clipped { background: var(--limit); }
 i.bad { background: var(--bad); opacity: .45; }
 i.nonfinite { background: #d02f3e; }
 i.zero { background: #9a9a9a; }
+i.beyond { background: #fde725; }
 details { margin-top: 3.5rem; }
 summary { cursor: pointer; font-weight: 650; }
 .scroll { overflow-x: auto; margin-top: 1rem; }

@@ -60,11 +60,12 @@ def summarize(history: History) -> Summary:
     figures = [
         KeyFigure("Steps", f"{len(history):,}", _span(history)),
         KeyFigure(f"Final {name}", plain(norms[-1])),
-        KeyFigure(f"Median {name}", plain(median)),
     ]
-    sentence = f"The {name} ended at {plain(norms[-1])}, with a median of"
-    sentence += f" {plain(median)}"
+    sentence = f"The {name} was never finite"
     if np.isfinite(finite[peak]):
+        figures.append(KeyFigure(f"Median {name}", plain(median)))
+        sentence = f"The {name} ended at {plain(norms[-1])}, with a median of"
+        sentence += f" {plain(median)}"
         largest, step = plain(norms[peak]), f"{history.steps[peak]:,}"
         figures.append(KeyFigure(f"Largest {name}", largest, f"at step {step}"))
         sentence += f" and a peak of {largest} at step {step}"
@@ -80,15 +81,18 @@ def summarize(history: History) -> Summary:
         sentence += f". {nonfinite:,} {_plural('step', nonfinite)} had a NaN or an inf,"
         sentence += f" {where}"
     late = history.norms(kind)[-series.LATE_STEPS :]
-    dead = [history.parts[i] for i in np.flatnonzero((late == 0).all(axis=0))]
+    zero = (late == 0).all(axis=0)
+    if history.sizes is not None:  # a part without entries has no other norm
+        zero &= history.sizes > 0
+    dead = [history.parts[i] for i in np.flatnonzero(zero)]
     if dead:
         named = _and_more(dead)
         figures.append(KeyFigure("Parts at zero", f"{len(dead):,}", named, True))
         last = f"the last {len(late):,} steps" if len(late) > 1 else "the last step"
         sentence += f". The {name} of {named} was zero in {last}"
     if history.dropped:
-        note = "overwritten, or not watched"
-        figures.append(KeyFigure("Dropped steps", f"{history.dropped:,}", note, True))
+        note = "overwritten before they were read"
+        figures.append(KeyFigure("Dropped rows", f"{history.dropped:,}", note, True))
     return Summary(sentence + ".", tuple(figures), parts)
 
 

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 from gradnorm_jax.monitoring.tensorboard import TensorBoard
 
+#: Words that are hardly meant as directories.
+_TRACKERS = ("wandb", "mlflow", "trackio", "comet", "aim", "clearml", "neptune")
+
 Send = Callable[[int, dict[str, float]], object]
 
 
@@ -209,6 +212,12 @@ def _at(path: str | os.PathLike, prefix: str) -> Writer:
             f"`as_writer({name!r})` writes only to files of this machine. Name a local"
             " path and copy it, or give a writer that knows this storage, such as"
             " `tensorboardX.SummaryWriter(...)`."
+        )
+    if name in _TRACKERS:
+        raise ValueError(
+            f"`as_writer({name!r})` names a tracker, and a text is a path here. Give"
+            f" the module or the run itself, as in `import {name}`; for a directory of"
+            f" that name `'./{name}'`."
         )
     if name.endswith(".jsonl"):
         return JsonLines(name, prefix=prefix)

@@ -4,6 +4,7 @@ A state holds arrays and no names. Names come from the parameters, on the host:
 `leaf_names(params)`, `granularity.names(params)`, `columns(params)`.
 """
 
+import zlib
 from typing import Any, TypeVar
 
 import jax
@@ -114,11 +115,15 @@ def columns_of(parts: Layout, record: tuple[str, ...]) -> Columns:
         left = [len(parts.shapes[i]) - len(parts.kept[i]) for i in parts.members]
         dims = np.repeat(left, np.diff(parts.offsets)).tolist()
     kinds = [kind for kind in (*KINDS, *DETAILS) if kind in record]
+    sizes = tuple(parts.sizes.astype(int).tolist())
+    columns = (*(f"{kind}/{name}" for kind in kinds for name in names), *SCALARS)
     return Columns(
-        (*(f"{kind}/{name}" for kind in kinds for name in names), *SCALARS),
+        columns,
         names,
-        tuple(parts.sizes.astype(int).tolist()),
+        sizes,
         tuple(dims),
+        # Not of the names: Flax NNX has others inside `init` than outside.
+        zlib.crc32(repr((kinds, sizes)).encode()) >> 1,
     )
 
 

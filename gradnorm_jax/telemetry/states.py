@@ -169,6 +169,7 @@ class WatchState(NamedTuple):
       steps: int32 `[window]`: the update that each row is of, counted from 0.
       rows: How many rows were written so far, int32.
       step: How many updates there were so far, int32.
+      checksum: Of what the columns are, int32: who reads the ring may have others.
     """
 
     inner_state: Any
@@ -176,6 +177,7 @@ class WatchState(NamedTuple):
     steps: jax.Array
     rows: jax.Array
     step: jax.Array
+    checksum: jax.Array
 
 
 class Columns(NamedTuple):
@@ -186,12 +188,14 @@ class Columns(NamedTuple):
       parts: The name of each part of the tree, in the order of the columns.
       sizes: How many entries each part has.
       dims: How many dimensions each part has; `None` for a group.
+      checksum: A number that other kinds, or parts of other sizes, would hardly have.
     """
 
     names: tuple[str, ...]
     parts: tuple[str, ...]
     sizes: tuple[int, ...]
     dims: tuple[int | None, ...]
+    checksum: int
 
 
 @functools.partial(

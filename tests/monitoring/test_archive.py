@@ -24,7 +24,9 @@ def run(tmp_path):
     """Opens the run in the test's directory, which is made."""
 
     def opened(resume=False, columns=COLUMNS):
-        return archive.Archive(tmp_path / "run", columns, SIZES, resume=resume)
+        return archive.Archive(
+            tmp_path / "run", archive.Description(columns, SIZES), resume=resume
+        )
 
     return opened
 
@@ -99,7 +101,7 @@ def kill_within_a_line(path, mode, **more):
         kill()
     return file
 
-writer = archive.Archive(Path(sys.argv[1]), COLUMNS, {}, resume=False)
+writer = archive.Archive(Path(sys.argv[1]), archive.Description(COLUMNS), resume=False)
 for first in range(0, 10**9, 50):
     if first == 150:
         TRAP

@@ -1,5 +1,6 @@
 """A monitor tells what it finds, sends a few scalars, and gives the record out."""
 
+import contextlib
 import logging
 
 import jax
@@ -61,6 +62,120 @@ def test_what_is_in_memory_and_what_is_on_disk_are_one(tmp_path):
         np.testing.assert_array_equal(column, written.to_dict()[name])
     assert kept.history.sizes.tolist() == written.history.sizes.tolist() == [6, 2]
     assert kept.history.dims == written.history.dims == (2, 1)
+
+
+def test_one_of_every_few_updates_is_read_as_it_was_recorded(tmp_path):
+    watched = monitored(60).history
+    with Monitor(PARAMS, every=7, dir=tmp_path) as monitor:
+        for state in training(60, every=4, window=2):
+            monitor(state)
+    history = monitor.history
+    assert history.steps.tolist() == list(range(0, 60, 4))
+    assert history.dropped == 0
+    np.testing.assert_array_equal(history.grad, watched.grad[::4])
+    assert "Dropped" not in gn.monitoring.report(history)
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+@pytest.mark.parametrize("in_files", [True, False])
+def test_steps_that_were_taken_anew_replace_those_of_before(
+    every, in_files, tmp_path, caplog
+):
+    dir = tmp_path / "run" if in_files else None
+    states = list(training(40))
+    louder = list(
+        training(40, edit=lambda _, grads: jax.tree.map(lambda x: 2 * x, grads))
+    )
+    tx = gn.watch(optimizer())
+    with Monitor(PARAMS, every=every, dir=dir) as monitor:
+        for state in states:
+            monitor(state)
+        state = states[19]  # a checkpoint with its record
+        for step in range(20, 40):
+            grads = jax.tree.map(lambda x: 2 * x, gradients(step))
+            _, state = tx.update(grads, state, PARAMS, value=1 / (step + 1))
+            monitor(state)
+    history = monitor.history
+    assert history.steps.tolist() == list(range(40))
+    want = np.array([np.asarray(s.ring[k, :2]) for k, s in enumerate(states)])
+    want[20:] = [np.asarray(s.ring[k, :2]) for k, s in enumerate(louder)][20:]
+    np.testing.assert_allclose(history.grad, want, rtol=1e-6)
+    if every < 50:
+        assert "went back from step" in caplog.text
+
+
+def test_a_run_that_was_killed_goes_on_from_an_older_checkpoint(tmp_path):
+    states = list(training(37))
+    with Monitor(PARAMS, every=5, dir=tmp_path) as monitor:
+        for state in states:
+            monitor(state)
+    tx = gn.watch(optimizer())
+    state = gn.attach(gn.detach(states[29]), PARAMS, tx, step=30)
+    with Monitor(PARAMS, every=5, dir=tmp_path, resume=True) as monitor:
+        for step in range(30, 50):
+            grads = jax.tree.map(lambda x: 3 * x, gradients(step))
+            _, state = tx.update(grads, state, PARAMS)
+            monitor(state)
+    history = gn.monitoring.load(tmp_path)
+    assert history.steps.tolist() == list(range(50))
+    factors = np.where(np.arange(50) < 30, 1, 3) * (1 + 0.1 * np.sin(np.arange(50)))
+    np.testing.assert_allclose(history.grad[:, 1], np.sqrt(2) * factors, rtol=1e-6)
+
+
+def test_rows_are_kept_whatever_is_raised_while_they_are_handed_on(tmp_path):
+    def fail(step, scalars):
+        raise OSError("the network is gone")
+
+    monitor = Monitor(PARAMS, every=10, dir=tmp_path, log=fail)
+    taken = 0
+    with contextlib.suppress(OSError), monitor:
+        for state in training(60):
+            taken += 1
+            monitor(state)
+    assert taken == 20
+    assert len(gn.monitoring.load(tmp_path)) == 20
+
+
+def test_measures_may_say_of_which_step_they_are(tmp_path):
+    def row(step, size=1.0):
+        grads = jax.tree.map(lambda x: x + size, PARAMS)
+        monitor.append(gn.measure(grads, value=step), step=step)
+
+    with Monitor(every=4, dir=tmp_path) as monitor:
+        for step in range(0, 100, 10):
+            row(step)
+        for step in (70, 80, 90, 100):
+            row(step, 5.0)
+    history = monitor.history
+    assert history.steps.tolist() == list(range(0, 101, 10))
+    np.testing.assert_array_equal(history.scalars["loss"], history.steps)
+    assert (history.grad[7:] > 2 * history.grad[0]).all()
+    with Monitor(every=4, dir=tmp_path, resume=True) as monitor:
+        monitor.append(gn.measure(PARAMS))
+    assert monitor.history.steps[-1] == 101
+
+
+def test_other_columns_of_the_same_number_are_refused():
+    for params, record in (
+        (PARAMS, ("grad", "update", "grad_max")),
+        (PARAMS | {"head": jnp.zeros(3)}, KINDS),
+    ):
+        with pytest.raises(ValueError, match=r"other columns.*though as many"):
+            Monitor(params, record=record)(next(training(1)))
+
+
+def test_a_process_that_is_not_the_first_reads_nothing(monkeypatch):
+    monkeypatch.setattr(gn.monitoring.records, "is_first_process", lambda: False)
+    monitor = monitored(30)
+    assert monitor.findings() == []
+    with pytest.raises(ValueError, match="process 0 alone"):
+        monitor.history  # noqa: B018
+
+
+def test_a_monitor_without_rows_has_no_findings_and_says_what_it_is():
+    monitor = Monitor(PARAMS)
+    assert monitor.findings() == []
+    assert monitor._repr_html_() == "Monitor(0 steps, 10 columns)"
 
 
 def test_there_is_no_history_before_the_first_row():
@@ -158,8 +273,9 @@ def test_a_warning_is_logged_where_errors_are_raised(caplog):
 
 def test_parts_may_be_left_out_of_findings():
     told = []
-    monitor = monitored(60, edit=spoiled, warn=told.append, ignore=["head"])
-    assert told == monitor.findings() == []
+    for ignore in (["head"], "head"):
+        monitor = monitored(60, edit=spoiled, warn=told.append, ignore=ignore)
+        assert told == monitor.findings() == []
 
 
 @pytest.mark.parametrize("names", [{"head": "out"}, lambda name: name.upper()])
@@ -280,12 +396,23 @@ def test_a_writer_of_the_user_stays_open_and_one_of_ours_is_closed(tmp_path):
         ({"every": 0}, r"every=.*at least 1, got 0"),
         ({"record": ("grads",)}, r"record=.*got \('grads',\)"),
         ({"names": lambda name: "x"}, r"names=.*a name of its own"),
+        ({"names": {"nope": "x"}}, r"names=.*'nope', which is no part.*body/w, head"),
+        ({"names": 3}, r"names=.*got 3"),
+        ({"rules": ["spike"]}, r"rules=.*got \['spike'\]"),
+        ({"rules": gn.monitoring.diagnose}, r"rules=.*list of functions"),
+        ({"ignore": ["(("]}, r"Monitor\(ignore=.*'\(\('"),
         ({"groups": {".*": "all"}, "stacked_axes": {"head": 0}}, r"groups=.*stacked"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(how, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         Monitor(PARAMS, **how)
+
+
+def test_a_file_is_no_directory_for_a_run(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileExistsError, match=r"dir=.*is a file.*a directory"):
+        Monitor(PARAMS, dir=tmp_path / "run")
 
 
 def test_a_state_is_found_wherever_it_is():

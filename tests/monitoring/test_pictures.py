@@ -156,9 +156,9 @@ def test_the_summary_of_a_sound_run_raises_no_alarm(make):
 
 
 def test_the_summary_counts_dropped_steps():
-    history = History.from_rows(["grad/a"], [5, 6], [[1.0], [2.0]])
-    [dropped] = [f for f in summarize(history).figures if f.label == "Dropped steps"]
-    assert dropped.value == "5"
+    history = History.from_rows(["grad/a"], [5, 6, 9], np.ones((3, 1)))
+    [dropped] = [f for f in summarize(history).figures if f.label == "Dropped rows"]
+    assert dropped.value == "2"
 
 
 def test_both_pictures_of_a_part_over_time_have_the_same_colors(make):

@@ -208,8 +208,8 @@ def spike(
         largest = max(spikes, key=lambda one: one.factor)
         steps = tuple(run.step(one.rows[0]) for one in spikes)
         first = ", ".join(f"{step:,}" for step in steps[:3])
-        of_all = f"; this is the one at step {run.step(largest.rows[0]):,}, the largest"
-        of_all += f" of {len(steps):,} spikes, at steps {first}, ..., {steps[-1]:,}"
+        of_all = f"{len(steps):,} spikes, at steps {first}, ..., {steps[-1]:,}; the"
+        of_all += f" largest is at step {run.step(largest.rows[0]):,}: "
         yield dataclasses.replace(
             _told(run, largest, sigmas, factor, of_all),
             step=steps[0],
@@ -299,7 +299,7 @@ def _median(windows: np.ndarray) -> np.ndarray:
 
 
 def _told(
-    run: Evidence, one: _Spike, sigmas: float, factor: float, rest: str = ""
+    run: Evidence, one: _Spike, sigmas: float, factor: float, of_all: str = ""
 ) -> Finding:
     squares = np.square(run.at(one.kind, one.peak))
     share = squares / squares.sum()
@@ -339,12 +339,12 @@ def _told(
         "warning",
         step=run.step(one.rows[0]),
         last_step=run.step(last),
-        count=len(one.rows) if not rest else 1,
+        count=len(one.rows),
         where=(run.names[leader],) if leads else (),
         parts=len(run.names),
         value=float(one.factor),
         limit=factor,
-        seen=seen + rest,
+        seen=of_all + seen,
         likely=likely,
         tries=tries,
     )

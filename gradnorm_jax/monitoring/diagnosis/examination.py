@@ -80,32 +80,34 @@ def diagnose(
             f"`diagnose(warmup=...)` must not be negative, got {warmup!r}. It is the"
             " first step that counts."
         )
-    patterns = _compiled([ignore] if isinstance(ignore, str) else ignore)
+    left_out = [ignore] if isinstance(ignore, str) else ignore
+    compiled = patterns(left_out, "diagnose(ignore=...)")
     ignored = {
         position: name
         for position, name in enumerate(history.parts)
-        if any(pattern.fullmatch(name) for pattern in patterns)
+        if any(pattern.fullmatch(name) for pattern in compiled)
     }
     evidence = Evidence.of(history, warmup=warmup, ignored=ignored)
-    left_out = set(ignored.values())
+    names = set(ignored.values())
     found = [
         finding
         for rule in rules
         for finding in _findings(rule, evidence)
-        if not finding.where or not left_out.issuperset(finding.where)
+        if not finding.where or not names.issuperset(finding.where)
     ]
     ranks = list(LEVELS)
     return sorted(found, key=lambda one: (ranks.index(one.level), one.step))
 
 
-def _compiled(patterns: Sequence[str]) -> list[re.Pattern]:
+def patterns(given: Sequence[str], argument: str) -> list[re.Pattern]:
+    """Compiles what an argument gives, or says which of it is no pattern."""
     compiled = []
-    for pattern in patterns:
+    for pattern in given:
         try:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"`diagnose(ignore=...)`: {pattern!r} is no regular expression:"
+                f"`{argument}`: {pattern!r} is no regular expression:"
                 f" {error}. Give patterns for whole names of parts; `re.escape(name)`"
                 " makes one of a name."
             ) from error
@@ -130,4 +132,4 @@ def _findings(rule: Rule, evidence: Evidence) -> list[Finding]:
     return found
 
 
-__all__ = ["DEFAULT_RULES", "diagnose"]
+__all__ = ["DEFAULT_RULES", "diagnose", "patterns"]

@@ -2,6 +2,7 @@
 
 # ruff: noqa: D417 - `rule` takes the first argument away
 
+import collections
 import re
 from collections.abc import Iterator
 
@@ -273,14 +274,14 @@ def param_growth(
     norms = run.totals["param"][rows]
     if len(rows) < 2 or not norms[0] > 0 or not len(run.rows):
         return
-    stride = (run.step(rows[-1]) - run.step(rows[0])) / (len(rows) - 1)
-    width = max(1, int(steps / stride)) + 1
-    least = _running_minimum(norms, width)
+    numbers = run.steps[rows]
+    begins = np.searchsorted(numbers, numbers - steps)
+    least = _minima(norms, begins)
     growth = np.divide(norms, least, out=np.zeros(len(norms)), where=least > 0)
     at = int(growth.argmax())
     if not growth[at] > factor:
         return
-    begin = max(0, at - width + 1)
+    begin = int(begins[at])
     low = begin + int(norms[begin : at + 1].argmin())
     span = run.step(rows[at]) - run.step(rows[low])
     limit = warn if growth[at] > warn else factor
@@ -302,13 +303,16 @@ def param_growth(
     )
 
 
-def _running_minimum(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the smallest of each value and the `width - 1` before it."""
-    least, covered = values.copy(), 1
-    while covered < width:
-        shift = min(covered, width - covered)
-        least[shift:] = np.minimum(least[shift:], least[:-shift])
-        covered += shift
+def _minima(values: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """Returns the smallest of each value and those before it, from `begins` on."""
+    least, candidates = np.empty_like(values), collections.deque[int]()
+    for at, begin in enumerate(begins.tolist()):
+        while candidates and values[candidates[-1]] >= values[at]:
+            candidates.pop()
+        candidates.append(at)
+        while candidates[0] < begin:
+            candidates.popleft()
+        least[at] = values[candidates[0]]
     return least
 
 

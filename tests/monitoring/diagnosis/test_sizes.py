@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradnorm_jax.monitoring import History, load
-from gradnorm_jax.monitoring.archive import Archive
+from gradnorm_jax.monitoring.archive import Archive, Description
 
 COLUMNS = ("grad/b", "grad/w", "update/b", "update/w", "loss")
 ROWS = np.ones((2, 5))
@@ -36,7 +36,9 @@ def test_one_entry_for_each_part_is_wanted(given):
 
 def test_a_run_on_disk_keeps_them(tmp_path):
     writer = Archive(
-        tmp_path, COLUMNS, {"w": 12, "b": 3}, {"w": 2, "b": None}, resume=False
+        tmp_path,
+        Description(COLUMNS, {"w": 12, "b": 3}, {"w": 2, "b": None}),
+        resume=False,
     )
     writer.append(np.arange(2), ROWS)
     run = load(tmp_path)
@@ -45,7 +47,9 @@ def test_a_run_on_disk_keeps_them(tmp_path):
 
 
 def test_a_run_that_was_written_without_dimensions_loads(tmp_path):
-    Archive(tmp_path, COLUMNS, {"w": 12, "b": 3}, resume=False).append([0, 1], ROWS)
+    Archive(tmp_path, Description(COLUMNS, {"w": 12, "b": 3}), resume=False).append(
+        [0, 1], ROWS
+    )
     assert "dims" not in json.loads((tmp_path / "run.json").read_text())
     run = load(tmp_path)
     np.testing.assert_array_equal(run.sizes, [3, 12])
@@ -53,5 +57,7 @@ def test_a_run_that_was_written_without_dimensions_loads(tmp_path):
 
 
 def test_a_run_that_says_only_of_some_parts_how_large_they_are_loads(tmp_path):
-    Archive(tmp_path, COLUMNS, {"w": 12}, resume=False).append([0, 1], ROWS)
+    Archive(tmp_path, Description(COLUMNS, {"w": 12}), resume=False).append(
+        [0, 1], ROWS
+    )
     assert load(tmp_path).sizes is None
