@@ -267,9 +267,10 @@ def test_updates_of_another_tree_are_refused():
         tx.update({"a": params["a"]}, tx.init(params))
 
 
-def test_a_clip_that_goes_by_another_norm_does_so_when_it_is_watched():
+def test_a_clip_of_another_norm_or_of_other_arrays_takes_its_own_when_watched():
     grads, params = stream(1)[0], stream(2)[1]
     for clip in (
+        optax.chain(optax.scale(0.5), gn.clip_by_global_norm(1.0)),
         gn.clip_by_norm(1.0, norm=gn.norms.linf),
         gn.clip_by_norm(1.0, norm=gn.norms.lp(3)),
         gn.adaclip(),
