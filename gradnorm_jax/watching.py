@@ -130,16 +130,15 @@ def watch(
         _sharding.check_averaged(names, leaves, params, placement)
         parts = divided(updates)
         _check_columns(len(columns_of(parts, record).names), state.ring.shape[1])
-        live = state.step >= 0
         shared = every == 1 and "grad" in record
-        with sharing(*fold([(parts, leaves)] if shared else [], l2, live)):
+        with sharing(*fold([(parts, leaves)] if shared else [], l2)):
             outgoing, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )
             trees = {"grad": updates, "update": outgoing, "param": params}
 
             def row() -> jax.Array:
-                norms = _norms(trees, record, divided, "watch(...).update", live)
+                norms = _norms(trees, record, divided, "watch(...).update")
                 return jnp.concatenate([*norms, _scalars(inner_state, value)])
 
             return outgoing, _written(state, inner_state, row, every)
@@ -235,7 +234,6 @@ def _norms(
     record: tuple[str, ...],
     divided: Callable[[Tree], Layout],
     caller: str,
-    live: jax.Array | None = None,
 ) -> list[jax.Array]:
     """The norms to record, kind by kind, and the details of the gradients."""
     parts = divided(trees["grad"]).part_names
@@ -251,10 +249,10 @@ def _norms(
             )
         return own, jax.tree.leaves(trees[kind])
 
-    found = fold([tree(kind) for kind in KINDS if kind in record], l2, live)
+    found = fold([tree(kind) for kind in KINDS if kind in record], l2)
     for detail in DETAILS:
         if detail in record:
-            found += fold([tree("grad")], _FOLDS[detail], live)
+            found += fold([tree("grad")], _FOLDS[detail])
     return [folded.measured().norms.astype(jnp.float32) for folded in found]
 
 

@@ -251,8 +251,8 @@ def test_a_follower_reads_each_file_once_and_keeps_the_newest_rows(
         following.archive, "read_chunk", lambda path: read.append(path) or inner(path)
     )
     follower = following.Follower(tmp_path / "run")
-    assert follower.next().steps.tolist() == list(range(2000 - 512, 2000))
-    assert len(set(read)) == 6
+    assert follower.next().steps.tolist() == list(range(2000 - 256, 2000))
+    assert len(set(read)) == 3
     assert follower.next() is None
     read.clear()
     archive.append(np.arange(1900, 1950), rows(range(50)))  # it went back

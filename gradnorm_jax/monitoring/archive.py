@@ -239,22 +239,18 @@ def write_whole(path: Path, write) -> None:
 def _lines(history: History) -> str:
     """Writes the metrics of each step as a line of JSON."""
     metrics = history.metrics()
-    columns = [
-        history.steps.tolist(),
-        *(values.tolist() for values in metrics.values()),
-    ]
+    columns = [history.steps.tolist(), *map(_strict, metrics.values())]
     names = ("step", *metrics)
+    encode = json.JSONEncoder(check_circular=False, allow_nan=False).encode
     return "".join(
-        json.dumps(dict(zip(names, map(_strict, line), strict=True))) + "\n"
+        encode(dict(zip(names, line, strict=True))) + "\n"
         for line in zip(*columns, strict=True)
     )
 
 
-def _strict(value: int | float) -> int | float | str:
-    """Says a number in strict JSON, which has no NaN and no infinity, to 7 digits."""
-    if isinstance(value, int):
-        return value
-    return float(f"{value:.7g}") if math.isfinite(value) else str(value)
+def _strict(values: np.ndarray) -> list[float | str]:
+    """Says numbers in strict JSON, which has no NaN and no infinity, to 7 digits."""
+    return [float(f"{x:.7g}") if math.isfinite(x) else str(x) for x in values.tolist()]
 
 
 def _first_difference(recorded: Sequence[str], wanted: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from gradnorm_jax.monitoring.archive import Description
 from gradnorm_jax.monitoring.history import History
 
 #: How many rows a look for findings goes back.
-LOOK_BACK = 512
+LOOK_BACK = 256
 
 
 class Newest:

@@ -266,9 +266,7 @@ def _outliers(
     total = run.totals[kind]
     rows = run.rows[total[run.rows] > 0]
     logs = np.log(total[rows])
-    above = np.zeros(len(logs))
-    for inside, windows in _before(logs):
-        above[inside] = logs[inside] - _median(windows)
+    above = np.nan_to_num(logs - _medians_before(logs), nan=0)
     factors, z = np.zeros((2, len(run)))
     for at in np.flatnonzero(above > np.log(factor)):
         window = logs[max(0, at - LATE_ROWS) : at]
@@ -279,16 +277,27 @@ def _outliers(
     return factors, z
 
 
-def _before(values: np.ndarray) -> Iterator[tuple]:
-    """Returns for each value the 128 before it, or those there are, but 20 at least."""
-    for at in range(FEWEST_ROWS, min(LATE_ROWS, len(values))):
-        yield slice(at, at + 1), values[None, :at]
+def _medians_before(values: np.ndarray) -> np.ndarray:
+    """Returns for each value the median of the 128 before it, or of those there are.
+
+    NaN where these are fewer than 20.
+    """
+    medians = np.full(len(values), np.nan)
+    few = np.arange(FEWEST_ROWS, min(LATE_ROWS, len(values)))
+    before = np.where(np.arange(LATE_ROWS) < few[:, None], _first(values), np.inf)
+    ranked, rows = np.sort(before, axis=1), np.arange(len(few))
+    medians[few] = (ranked[rows, (few - 1) // 2] + ranked[rows, few // 2]) / 2
     if len(values) > LATE_ROWS:
         windows = np.lib.stride_tricks.sliding_window_view(values[:-1], LATE_ROWS)
         for start in range(0, len(windows), 4096):
-            some = windows[start : start + 4096]
-            first = LATE_ROWS + start
-            yield slice(first, first + len(some)), some
+            found = _median(windows[start : start + 4096])
+            medians[LATE_ROWS + start :][: len(found)] = found
+    return medians
+
+
+def _first(values: np.ndarray) -> np.ndarray:
+    """Returns the first 128 values, filled up if they are fewer."""
+    return np.pad(values[:LATE_ROWS], (0, max(0, LATE_ROWS - len(values))))
 
 
 def _median(windows: np.ndarray) -> np.ndarray:
