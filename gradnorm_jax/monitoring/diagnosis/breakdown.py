@@ -75,7 +75,7 @@ def nonfinite(run: Evidence, *, tolerated: float = 0.0) -> Iterator[Finding]:
         seen += f"; the {NAMES[run.kinds[0]]} norm went {chain}"
     elif first:
         before = plain(run.totals[kind][first - 1])
-        seen += f"; the norm of all was {before} one step before"
+        seen += f"; the norm of all was {before} at step {run.step(first - 1):,}"
     if len(run) - first > 1:
         since = several(len(run) - first, "recorded step")
         seen += f"; so in {count:,} of {since} from there on"

@@ -135,8 +135,9 @@ What helps: a higher learning rate.
     "clip-always": """
 A clip is on in most steps.
 
-Criterion: after the warm-up more than 50 % of the steps are clipped; of the norms,
-where the clip has many parts. Where the limit moves it is an info: a rule that follows
+Criterion: after the warm-up more than 50 % of the steps are clipped, in the first half
+of at least 100 recorded steps and in the second; of the norms, where the clip has many
+parts. Where the limit moves it is an info: a rule that follows
 the norms may mean it, as AutoClip at its 10th percentile does. A clip that also
 enlarges normalizes on purpose, and is passed over.
 Grounds: the Deep Learning Tuning Playbook calls more than 50 % extremely aggressive,
