@@ -170,7 +170,7 @@ def exploding(
         seen=(
             f"the median gradient norm is {plain(ratio)}x its level at steps"
             f" {start:,} to {end:,} (limit {plain(factor)}x), and still grew"
-            f" {plain(still)}x over the last {several(block, 'step')}"
+            f" {plain(still)}x over the last {run.counted(block)}"
         ),
         likely=("divergence", "a recurrent gain above 1"),
         tries=(
@@ -320,7 +320,7 @@ def _told(
         f"the {name} norm of all is {plain(run.totals[one.kind][one.peak])},"
         f" {plain(one.factor)}x its running median (limit {plain(factor)}x and"
         f" {plain(sigmas)} sigma, this is {plain(one.sigmas)}), for"
-        f" {several(len(one.rows), 'step')};"
+        f" {run.counted(len(one.rows))};"
         f" {'' if leads else 'at most '}{percent(share[leader])} of its square is in"
         f" {'this' if leads else 'any one'} part"
     )

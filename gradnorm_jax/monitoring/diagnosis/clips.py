@@ -13,7 +13,6 @@ from gradnorm_jax.monitoring.diagnosis.evidence import (
     FEWEST_ROWS,
     Evidence,
     rule,
-    several,
 )
 from gradnorm_jax.monitoring.diagnosis.finding import Finding
 from gradnorm_jax.monitoring.series import plain
@@ -61,7 +60,7 @@ def clip_always(
     limit = f"limit {plain(low)}" + (f" to {plain(high)}" if moves else "")
     what = "steps" if np.isin(fractions, (0, 1)).all() else "norms"
     seen = f"{percent(clipped)} of {what} were clipped (limit {percent(share)}),"
-    seen += f" at a {limit}, in {several(len(rows), 'step')}"
+    seen += f" at a {limit}, in {run.counted(len(rows))}"
     tries: tuple[str, ...] = ("raise the limits until about 1 in 10 is clipped",)
     if run.grad is not None and _is_global(run, rows, limits, scales):
         middle, most = np.quantile(run.global_norm("grad")[rows], [0.5, 0.9])
@@ -124,7 +123,7 @@ def clip_never(
         value=float(norms.max()),
         limit=float(limits.min()),
         seen=(
-            f"none of {several(len(rows), 'step')} was clipped; the largest norm is"
+            f"none of {run.counted(len(rows))} was clipped; the largest norm is"
             f" {plain(norms.max())}, the limit {plain(limits.min())}, the 99.9th"
             f" percentile {plain(float(np.quantile(norms, 0.999)))}"
         ),

@@ -150,7 +150,7 @@ def imbalance(
         limit=share,
         seen=(
             f"{percent(middle)} of the squared gradient norm (limit {percent(share)})"
-            f" in {percent(often[leader])} of the last {several(len(squares), 'step')},"
+            f" in {percent(often[leader])} of the last {run.counted(len(squares))},"
             f" so {scaled}"
         ),
         likely=("a part of another scale, such as an embedding or a head",),

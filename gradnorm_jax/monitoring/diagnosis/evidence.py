@@ -130,6 +130,10 @@ class Evidence(History):
         """Returns the names of some of the parts that count, given as a mask."""
         return tuple(self.names[i] for i in np.flatnonzero(which))
 
+    def counted(self, rows: int) -> str:
+        """Says a number of rows: steps, or those of them that were recorded."""
+        return several(rows, "step" if self.stride == 1 else "recorded step")
+
     def step(self, row) -> int:
         """Returns the number of the step in a row."""
         return int(self.steps[row])

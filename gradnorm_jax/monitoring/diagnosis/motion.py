@@ -65,7 +65,7 @@ def _nothing(run: Evidence, finite: np.ndarray, rows: int) -> Iterator[Finding]:
             parts=len(run.names),
             value=float(end - start),
             limit=float(rows),
-            seen=f"no part has a gradient, for {several(end - start, 'step')}"
+            seen=f"no part has a gradient, for {run.counted(end - start)}"
             f" (limit {rows})",
             likely=("the loss does not depend on the parameters", "it is constant"),
             tries=("look for a stop_gradient, a dead ReLU, or a mask of all zeros",),
@@ -113,9 +113,9 @@ def _dead_group(run: Evidence, live, group, spans, rows: int) -> Finding:
         seen = f"gradient exactly 0 in all {several(count, 'recorded step')}"
     elif over:
         seen = f"gradient exactly 0 until step {run.step(live[end - 1]):,}"
-        seen += f", for {several(count, 'step')} (limit {rows})"
+        seen += f", for {run.counted(count)} (limit {rows})"
     else:
-        seen = f"gradient exactly 0 since then, for {several(count, 'step')}"
+        seen = f"gradient exactly 0 since then, for {run.counted(count)}"
         seen += f" (limit {rows})"
     alive = next((i for i in range(len(run.names)) if i not in group), 0)
     if alive > 1:
@@ -170,7 +170,7 @@ def frozen(run: Evidence) -> Iterator[Finding]:
         value=0.0,
         limit=0.0,
         seen="there is a gradient, but the update is exactly 0 in the last"
-        f" {several(len(run.late), 'step')}",
+        f" {run.counted(len(run.late))}",
         likely=(
             ("the learning rate is 0", "gradients are being accumulated")
             if everything
@@ -206,7 +206,7 @@ def ratio_high(
         limit=limit,
         seen=(
             f"the median matrix changes by {plain(value)} of its norm in a step (limit"
-            f" {plain(limit)}, {_USUAL}), over {several(len(window), 'step')}"
+            f" {plain(limit)}, {_USUAL}), over {run.counted(len(window))}"
         ),
         likely=("the learning rate is too high", "a very small initialization"),
         tries=("a third of the learning rate", "a longer warm-up"),

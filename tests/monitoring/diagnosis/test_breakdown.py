@@ -1,5 +1,7 @@
 """What is not finite, explodes or spikes is found, once, with its numbers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -198,3 +200,11 @@ def test_steps_that_only_accumulate_are_passed_over():
 
     [finding] = diagnose(calm(edit=accumulate))
     assert (finding.code, finding.step) == ("spike", 199)
+
+
+def test_rows_that_are_strides_apart_are_called_recorded_steps():
+    run = calm(300, edit=times("grad", slice(150, 152), 30.0))
+    run = dataclasses.replace(run, steps=10 * run.steps)
+    [finding] = diagnose(run)
+    assert (finding.step, finding.last_step) == (1500, 1510)
+    assert "for 2 recorded steps;" in finding.seen
