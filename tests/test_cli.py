@@ -272,7 +272,11 @@ def test_a_follower_begins_anew_with_another_run_in_the_directory(tmp_path):
 
 def test_watch_follows_a_run_that_another_process_writes(tmp_path):
     archive = written(tmp_path / "run", steps=20)
-    command = [sys.executable, "-u", "-m", "gradnorm_jax", "watch"]
+    program = (  # a process that runs in the background would be deaf to it
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from gradnorm_jax.cli import main; raise SystemExit(main())"
+    )
+    command = [sys.executable, "-u", "-c", program, "watch"]
     with subprocess.Popen(
         [*command, str(tmp_path / "run")], stdout=subprocess.PIPE, encoding="utf8"
     ) as process:
