@@ -1,10 +1,14 @@
 """What the tests share: eight CPU devices, one Hypothesis profile, strict numbers."""
 
+import gc
+
 import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+gc.set_threshold(200_000, 50, 100)  # JAX keeps what it compiled: looking there is vain
 
 hypothesis.settings.register_profile(
     "gradnorm", deadline=None, derandomize=True, max_examples=50
