@@ -13,6 +13,7 @@ from gradnorm_jax._sharding.placing import (
     replicated,
     spread_like,
     varied,
+    varying_like,
 )
 from gradnorm_jax._sharding.reading import (
     DistributedNormError,
@@ -43,5 +44,6 @@ __all__ = [
     "splits",
     "spread_like",
     "varied",
+    "varying_like",
     "ways",
 ]

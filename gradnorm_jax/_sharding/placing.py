@@ -79,6 +79,18 @@ def varied(state: Tree, params: Tree, split: Sequence[Split]) -> Tree:
     return jax.tree.map(functools.partial(_varied_over, axes=axes), state)
 
 
+def varying_like(tree: Tree, others: Tree) -> Tree:
+    """Returns a tree that may differ wherever one of `others` does.
+
+    So that what is differentiated by it is a gradient of this device, not their sum.
+    """
+    if not is_manual():
+        return tree
+    over = set().union(*map(varying, jax.tree.leaves(others)))
+    axes = ordered(jax.sharding.get_abstract_mesh().manual_axes, over)
+    return jax.tree.map(functools.partial(_varied_over, axes=axes), tree)
+
+
 def placed_like(state: Tree, before: Tree) -> Tree:
     """Returns a state that is where the one before it was, and varies where it did."""
     if not is_manual():

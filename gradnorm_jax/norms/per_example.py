@@ -1,0 +1,400 @@
+"""The norm of the gradient of each example, mostly without the gradient."""
+
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradnorm_jax._layout import Layout
+from gradnorm_jax._typing import Tree
+from gradnorm_jax.norms.examples import (
+    Argnums,
+    Loss,
+    OneExample,
+    check_microbatch_size,
+    in_microbatches,
+)
+from gradnorm_jax.norms.fold import accumulator
+from gradnorm_jax.norms.ghost.formulas import norm
+from gradnorm_jax.norms.ghost.leaves import norm_of
+from gradnorm_jax.norms.ghost.programs import Value
+from gradnorm_jax.norms.ghost.tracing import Backward, trace
+from gradnorm_jax.norms.granularity import Granularity, whole_tree
+
+IMPLEMENTATIONS = ("ghost", "vmap")
+_NOTHING: Mapping[int, Value] = types.MappingProxyType({})
+
+
+def per_example_norms(
+    loss_fn: Callable[..., Any],
+    *,
+    argnums: Argnums = 0,
+    batch_argnums: Argnums = 1,
+    key_argnum: int | None = None,
+    has_aux: bool = False,
+    batched: bool = False,
+    granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
+    microbatch_size: int | None = None,
+    implementation: str | None = None,
+) -> Callable[..., Any]:
+    r"""Makes a function that returns the norm of the gradient of each example.
+
+    .. math:: n_i = \lVert \nabla_\theta \, L(\theta, x_i) \rVert_2 ,
+        \quad i = 1 \dots B
+
+    JAX differentiates the loss of one example, and what it would compute last for each
+    parameter, a product of activations and of the gradients of outputs, is not
+    computed: its norm follows from what is multiplied. That takes about the time and
+    memory of one gradient of the mean loss, where `vmap(grad)` takes the memory of B
+    of them. What is not understood is formed as by `vmap`: :func:`explain_norms` says
+    which.
+
+    Args:
+      loss_fn: `(params, example, ...) -> loss`, the loss of one example, as `jax.grad`
+        takes it. Dropout and the like take a key by `key_argnum`.
+      argnums: Which arguments the gradient is taken of.
+      batch_argnums: Which arguments hold examples along axis 0 of every leaf; the rest
+        is the same for all.
+      key_argnum: Which argument is a PRNG key, split into one for each example.
+      has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      batched: Whether `loss_fn` takes a batch: it is given batches of one example.
+      granularity: What has one norm: ``whole_tree()``, ``per_leaf()``,
+        ``per_group(...)``; the gradients of parts of leaves are formed.
+      microbatch_size: How many examples are computed at a time, to save memory; by
+        default all.
+      implementation: "ghost", the default, or "vmap", which forms all gradients.
+
+    Returns:
+      A function of the arguments of `loss_fn` that returns the norms, `[B]`, in float32
+      or wider, or `[B, parts]` in the order of `granularity.names(params)`; with
+      `has_aux`, `(norms, aux)`.
+
+    Guarantees:
+      - Equal to the norms of `jax.vmap(jax.grad(loss_fn))` to 5e-6 in float32. Where
+        the products of a leaf cancel by a factor of :math:`\kappa` in their squares,
+        the error grows as :math:`\sqrt\kappa`, by the rule "gram" as :math:`\kappa`.
+      - Parameters that are used several times, or not at all, are right.
+      - An example with a NaN has the norm NaN; those of the others stay as they were.
+      - Right where the squares of a norm leave float32, and the norm does not.
+      - Sharded over examples, under `jit` and in `shard_map`, the norms come out
+        sharded as the batch is, without any collective of their own.
+
+    Raises:
+      ValueError: If a number is out of its range, or arguments contradict one another.
+        When called: if the loss is no number, or leaves hold different numbers of
+        examples.
+      TypeError: When called: if a parameter is of an integer dtype.
+
+    Example:
+      >>> loss_fn = lambda w, example: (w @ example["x"] - example["y"]) ** 2 / 2
+      >>> batch = {"x": jnp.array([[3.0, 4.0], [0.6, 0.8]]), "y": jnp.array([0.0, 1.0])}
+      >>> print(per_example_norms(loss_fn)(jnp.array([1.0, 0.5]), batch))
+      [25.  0.]
+
+    References:
+      Goodfellow, `Efficient Per-Example Gradient Computations
+      <https://arxiv.org/abs/1510.01799>`_, 2015; Li et al., `Large Language Models Can
+      Be Strong Differentially Private Learners <https://arxiv.org/abs/2110.05679>`_,
+      2022
+    """
+    compute = value_and_per_example_norms(
+        loss_fn,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        key_argnum=key_argnum,
+        has_aux=has_aux,
+        batched=batched,
+        granularity=granularity,
+        microbatch_size=microbatch_size,
+        implementation=implementation,
+    )
+
+    def norms_of_examples(*args: Any, **kwargs: Any) -> Any:
+        value, norms = compute(*args, **kwargs)
+        return (norms, value[1]) if has_aux else norms
+
+    return norms_of_examples
+
+
+def value_and_per_example_norms(
+    loss_fn: Callable[..., Any],
+    *,
+    argnums: Argnums = 0,
+    batch_argnums: Argnums = 1,
+    key_argnum: int | None = None,
+    has_aux: bool = False,
+    batched: bool = False,
+    granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
+    microbatch_size: int | None = None,
+    implementation: str | None = None,
+) -> Callable[..., Any]:
+    """Makes a function that returns the loss and the gradient's norm of each example.
+
+    Args:
+      loss_fn: As in :func:`per_example_norms`, and so are the other arguments.
+      argnums: Which arguments the gradient is taken of.
+      batch_argnums: Which arguments hold examples.
+      key_argnum: Which argument is a PRNG key.
+      has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      batched: Whether `loss_fn` takes a batch.
+      granularity: What has one norm.
+      microbatch_size: How many examples are computed at a time.
+      implementation: "ghost" or "vmap".
+
+    Returns:
+      A function that returns `(losses, norms)`; with `has_aux`,
+      `((losses, aux), norms)`.
+
+    Example:
+      >>> loss_fn = lambda w, x: (w * x) ** 2
+      >>> compute = value_and_per_example_norms(loss_fn)
+      >>> losses, norms = compute(1.0, jnp.array([1.0, 3.0]))
+      >>> print(losses, norms)
+      [1. 9.] [ 2. 18.]
+    """
+    caller = "per_example_norms"
+    loss = Loss.of(
+        loss_fn,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        key_argnum=key_argnum,
+        has_aux=has_aux,
+        batched=batched,
+        caller=caller,
+    )
+    check_microbatch_size(microbatch_size, caller)
+    check_implementation(implementation, IMPLEMENTATIONS, caller)
+
+    def values_and_norms(*args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:
+        one = loss.one(args, kwargs)
+        layout = granularity.layout(one.params, measured=False)
+        way = norms_by_vmap if implementation == "vmap" else norms_by_ghost
+        compute = way(one, layout)
+        values, pieces = in_microbatches(compute, one.batch, one.size, microbatch_size)
+        return values, together(layout, pieces, one.size)
+
+    return values_and_norms
+
+
+def norms_by_vmap(one: OneExample, layout: Layout) -> Callable[[Tree], Any]:
+    """Forms the gradients of all examples: the truth."""
+
+    def compute(batch: Tree) -> tuple[Any, list[jax.Array]]:
+        result, grads = jax.vmap(one.value_and_grad, (None, 0))(one.params, batch)
+        return result, norms_of_formed(jax.tree.leaves(grads), layout)
+
+    return compute
+
+
+def norms_by_ghost(one: OneExample, layout: Layout) -> Callable[[Tree], Any]:
+    """Forms only those gradients that are no larger than what they are made of."""
+    backward = trace(one)
+    norms = norms_of_members(backward, layout)
+
+    def compute(batch: Tree) -> tuple[Any, list[jax.Array]]:
+        result, found, _ = backward.run(batch, norms)
+        return result, found
+
+    return compute
+
+
+def norms_of_members(
+    backward: Backward, layout: Layout, formed: Mapping[int, Value] = _NOTHING
+) -> list[Value]:
+    """Adds to a program the norms of all leaves that are measured.
+
+    Args:
+      backward: The program.
+      layout: Which leaves are measured.
+      formed: The gradients of the leaves that are formed anyway.
+    """
+    zero = backward.program.add(lambda: jnp.zeros((), jnp.float32))
+    found = []
+    for i in layout.members:
+        if i in formed:
+            fun = functools.partial(norm, kept=layout.kept[i])
+            value = backward.program.add(fun, formed[i])
+        else:
+            gradient = backward.gradient[i]
+            value = norm_of(gradient, backward.program, layout.kept[i]).value
+        found.append(zero if value is None else value)
+    return found
+
+
+def norms_of_formed(grads: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
+    """Returns the norms of the cells of each member of gradients `[B, ...]`."""
+    return [
+        jax.vmap(functools.partial(norm, kept=layout.kept[i]))(grads[i])
+        for i in layout.members
+    ]
+
+
+def together(layout: Layout, norms: Sequence[jax.Array], size: int) -> jax.Array:
+    """Folds the norms of pieces of each member, `[B, ...]`, into those of its parts.
+
+    Returns `[B]` for one part, else `[B, parts]`. A norm of norms is the norm of all.
+    """
+    pieces = [x.reshape(size, -1) for x in norms]
+    if layout.fold == "all":
+        return _fold(pieces, size)
+    if layout.fold == "each":
+        owners = list(range(len(pieces)))
+        alone = [bool(layout.kept[i]) for i in layout.members]
+    else:
+        owners = [layout.measured[i] for i in layout.members]
+        alone = [False] * len(layout.labels)
+    parts = []
+    for part in range(len(alone)):
+        own = [x for owner, x in zip(owners, pieces, strict=True) if owner == part]
+        parts.append(own[0] if alone[part] else _fold(own, size)[:, None])
+    return jnp.concatenate(parts, axis=1)
+
+
+def _fold(norms: Sequence[jax.Array], size: int) -> jax.Array:
+    dtype = accumulator(norms)
+    pieces = [jnp.zeros((size, 0), dtype), *(x.astype(dtype) for x in norms)]
+    return norm(jnp.concatenate(pieces, axis=1), kept=(0,))
+
+
+def check_implementation(
+    implementation: str | None, known: tuple[str, ...], caller: str
+) -> None:
+    """Refuses the name of what is not implemented."""
+    if implementation is not None and implementation not in known:
+        raise ValueError(
+            f"`{caller}(implementation=...)` must be one of {known}, got"
+            f" {implementation!r}. `None` takes {known[0]!r}."
+        )
+
+
+class LeafRule(NamedTuple):
+    """How the norms of the gradients of one parameter are found.
+
+    Attributes:
+      name: Its path.
+      shape: Its shape.
+      rule: "zero": it is not used. "plain": its gradient is no larger than what it is
+        made of. "outer", "gram": not formed. "product": formed, as that is no larger
+        than its factors. "product in turn": formed for one example after the other.
+        And where it is not understood: "formed in turn", and "formed" for all.
+      flops: What that takes for all examples, besides the backward pass.
+      entries: How many numbers are held for it at a time.
+      why: Why the rule was chosen.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: str
+    flops: int
+    entries: int
+    why: str
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether it is known how the gradient is made."""
+        return not self.rule.startswith("formed")
+
+
+class Explanation(tuple[LeafRule, ...]):
+    """The rules of all parameters; printed, a table."""
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "rule", "MFLOP", "numbers", "why")
+        rows = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)) or "scalar",
+                row.rule,
+                f"{row.flops / 1e6:.3g}",
+                f"{row.entries}",
+                row.why,
+            )
+            for row in self
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        return "\n".join(
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)
+        )
+
+
+def explain_norms(
+    loss_fn: Callable[..., Any],
+    *,
+    argnums: Argnums = 0,
+    batch_argnums: Argnums = 1,
+    key_argnum: int | None = None,
+    has_aux: bool = False,
+    batched: bool = False,
+    granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
+) -> Callable[..., Explanation]:
+    """Makes a function that says how :func:`per_example_norms` finds its norms.
+
+    It traces the loss, and computes nothing.
+
+    Args:
+      loss_fn: As in :func:`per_example_norms`, and so are the other arguments.
+      argnums: Which arguments the gradient is taken of.
+      batch_argnums: Which arguments hold examples.
+      key_argnum: Which argument is a PRNG key.
+      has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      batched: Whether `loss_fn` takes a batch.
+      granularity: What has one norm.
+
+    Returns:
+      A function of the arguments of `loss_fn` that returns a :class:`LeafRule` for each
+      parameter, in a tuple that prints as a table.
+
+    Example:
+      >>> loss_fn = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]))
+      >>> explain = explain_norms(loss_fn)
+      >>> [row] = explain({"w": jnp.ones((8, 9))}, jnp.ones((5, 2, 8)))
+      >>> print(row.name, row.rule, row.flops, row.entries)
+      w gram 720 40
+      >>> print(row.why)
+      T (p + d) is below p d: T = 2, 9 rows, 8 columns
+    """
+    loss = Loss.of(
+        loss_fn,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        key_argnum=key_argnum,
+        has_aux=has_aux,
+        batched=batched,
+        caller="explain_norms",
+    )
+
+    def explain(*args: Any, **kwargs: Any) -> Explanation:
+        one = loss.one(args, kwargs)
+        layout = granularity.layout(one.params, measured=False)
+        backward = trace(one)
+        rows = []
+        for i in layout.members:
+            gradient = backward.gradient[i]
+            own = norm_of(gradient, backward.program, layout.kept[i]).costs
+            rows.append(
+                LeafRule(
+                    layout.names[i],
+                    layout.shapes[i],
+                    ", ".join(dict.fromkeys(cost.rule for cost in own)),
+                    one.size * sum(cost.flops for cost in own),
+                    sum(
+                        cost.entries * (1 if cost.in_turn else one.size) for cost in own
+                    ),
+                    "; ".join(dict.fromkeys(cost.why for cost in own)),
+                )
+            )
+        return Explanation(rows)
+
+    return explain
+
+
+__all__ = [
+    "Explanation",
+    "LeafRule",
+    "explain_norms",
+    "per_example_norms",
+    "value_and_per_example_norms",
+]
