@@ -13,7 +13,7 @@ from gradnorm_jax.thresholds.memory import (
     remembering,
     toward,
 )
-from gradnorm_jax.thresholds.rule import Context, Threshold, Value, at
+from gradnorm_jax.thresholds.rule import Context, Memory, Threshold, Value, at
 
 _FIRST = "The first norm has nothing to be compared with."
 
@@ -260,19 +260,23 @@ def quantile(
         "By factors it leaves neither 0 nor infinity. 0.1 is that of the paper.",
     )
 
-    def learn(
-        limit: jax.Array, seen: jax.Array, norms: jax.Array, context: Context
-    ) -> jax.Array:
-        passed = (norms <= limit).astype(norms.dtype)
+    def moved(limit: jax.Array, passed: jax.Array, context: Context) -> jax.Array:
         # The error of exp would be the same at every step, and add up.
         growth = jnp.expm1(-at(rate, context) * (passed - at(q, context)))
         return limit + limit * growth
 
-    return remembering(
+    def observe_share(memory: Memory, share: jax.Array, context: Context) -> Memory:
+        own = moved(memory.own, share, context)
+        return memory._replace(own=own, seen=memory.seen + 1)
+
+    rule = remembering(
         caller="quantile",
         start=lambda norms: jnp.full_like(norms, start),
         bound=lambda limit, seen, norms, context: Bound(limit),
-        learn=learn,
+        learn=lambda limit, seen, norms, context: moved(
+            limit, (norms <= limit).astype(norms.dtype), context
+        ),
         level=lambda limit, seen: limit,
         rearm_after=rearm_after,
     )
+    return rule._replace(observe_share=observe_share)

@@ -36,12 +36,15 @@ class Threshold(NamedTuple):
         shapes and dtypes that `init` gave. What it makes of a norm that is not finite
         is discarded.
       needs_params: Whether `context.param_norms` is to be measured.
+      observe_share: `(memory, share, context) -> memory`, for a rule that can learn
+        from the share of many norms that passed, as those of the examples of a batch.
     """
 
     init: Callable[[jax.Array], Any]
     decide: Callable[[Any, jax.Array, Context], Bound]
     observe: Callable[[Any, jax.Array, jax.Array, Context], Any]
     needs_params: bool = False
+    observe_share: Callable[[Any, jax.Array, Context], Any] | None = None
 
 
 class Memory(NamedTuple):

@@ -1,0 +1,157 @@
+"""The ways to measure the gradients of examples, and to add them up by their scales."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradnorm_jax import kernels
+from gradnorm_jax._layout import Layout
+from gradnorm_jax._typing import Tree
+from gradnorm_jax.norms.examples import OneExample
+from gradnorm_jax.norms.ghost.totals import total_of, weighted
+from gradnorm_jax.norms.ghost.tracing import trace
+from gradnorm_jax.norms.per_example import (
+    norms_by_ghost,
+    norms_of_formed,
+    norms_of_members,
+    together,
+)
+from gradnorm_jax.shrink import Scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How gradients of examples are measured, and then added up.
+
+    Attributes:
+      measure: `batch -> (result, norms, what is kept for later)`.
+      add: `(batch, what was kept, factors, which examples are added) -> leaves`.
+    """
+
+    measure: Callable[[Tree], tuple[Any, jax.Array, Any]]
+    add: Callable[[Tree, Any, Scaling, jax.Array], list[jax.Array]]
+
+
+def _one_pass(one: OneExample, layout: Layout) -> Way:
+    """Adds up what the norms came from, multiplied by the scales."""
+    backward = trace(one)
+    totals = [
+        total_of(gradient, backward.program, bool(kept))
+        for gradient, kept in zip(backward.gradient, layout.kept, strict=True)
+    ]
+    formed = {i: x.formed for i, x in enumerate(totals) if x.formed is not None}
+    norms = norms_of_members(backward, layout, formed)
+    values = list(dict.fromkeys(x for total in totals for x in total.values))
+
+    def measure(batch: Tree) -> tuple[Any, jax.Array, Any]:
+        result, pieces, rest = backward.run(batch, norms, values)
+        size = len(jax.tree.leaves(batch)[0])
+        return result, together(layout, pieces, size), rest
+
+    def add(batch: Tree, found: Any, factors: Scaling, added: jax.Array) -> list:
+        del batch
+
+        def total(arrays: list[jax.Array], factors: Scaling, _: jax.Array) -> list:
+            known = dict(zip(values, arrays, strict=True))
+            return [
+                leaf.combine(
+                    [known[x] for x in leaf.values], _weights(layout, i, factors)
+                )
+                for i, leaf in enumerate(totals)
+            ]
+
+        def without_others(
+            arrays: list[jax.Array], factors: Scaling, added: jax.Array
+        ) -> list[jax.Array]:
+            own = [
+                _zero_unless(added, x) if value.of_example else x
+                for value, x in zip(values, arrays, strict=True)
+            ]
+            factors = jax.tree.map(lambda x: _zero_unless(added, x), factors)
+            return total(own, factors, added)
+
+        some_are_not = ~jnp.all(added)
+        return kernels.seldom(
+            some_are_not, without_others, total, found, factors, added
+        )
+
+    return Way(measure, add)
+
+
+def _two_pass(one: OneExample, layout: Layout) -> Way:
+    """Differentiates the weighted sum of the losses, once the norms are known."""
+    if layout.fold != "all":
+        raise ValueError(
+            "`clipped_grad(granularity=..., implementation='two_pass')`: a second pass"
+            " has one weight for each example, so only `whole_tree()` will do. Use"
+            " 'one_pass' or 'vmap'."
+        )
+    compute = norms_by_ghost(one, layout)
+
+    def measure(batch: Tree) -> tuple[Any, jax.Array, Any]:
+        result, pieces = compute(batch)
+        size = len(jax.tree.leaves(batch)[0])
+        return result, together(layout, pieces, size), None
+
+    def add(batch: Tree, found: Any, factors: Scaling, added: jax.Array) -> list:
+        del found
+        weights = functools.reduce(jnp.multiply, _weights(layout, 0, factors))
+        weights = jax.lax.stop_gradient(jnp.where(added, weights, 0))
+        # A NaN stays one though its weight is 0: another example takes its place.
+        source = jnp.where(added, jnp.arange(len(added)), jnp.argmax(added))
+        batch = jax.tree.map(lambda x: x[source], batch)
+
+        def weighted_loss(params: Tree) -> jax.Array:
+            result = jax.vmap(one.loss, (None, 0))(params, batch)
+            values = result[0] if one.has_aux else result
+            return jnp.sum(values * weights.astype(values.dtype))
+
+        grads = jax.tree.leaves(jax.grad(weighted_loss)(one.params))
+        return [jnp.where(jnp.any(added), _wide(x), 0) for x in grads]
+
+    return Way(measure, add)
+
+
+def _by_vmap(one: OneExample, layout: Layout) -> Way:
+    """Forms the gradients of all examples: the truth."""
+
+    def measure(batch: Tree) -> tuple[Any, jax.Array, Any]:
+        result, grads = jax.vmap(one.value_and_grad, (None, 0))(one.params, batch)
+        leaves = jax.tree.leaves(grads)
+        pieces = norms_of_formed(leaves, layout)
+        size = len(jax.tree.leaves(batch)[0])
+        return result, together(layout, pieces, size), leaves
+
+    def add(batch: Tree, leaves: Any, factors: Scaling, added: jax.Array) -> list:
+        del batch
+        return [
+            jnp.sum(
+                _zero_unless(added, weighted(x, _weights(layout, i, factors))), axis=0
+            )
+            for i, x in enumerate(leaves)
+        ]
+
+    return Way(measure, add)
+
+
+WAYS = {"one_pass": _one_pass, "two_pass": _two_pass, "vmap": _by_vmap}
+
+
+def _weights(layout: Layout, position: int, factors: Scaling) -> list[jax.Array]:
+    """The factors of each example for one leaf; none for a leaf that is not scaled."""
+    if not layout.scales(position):
+        return []
+    both = (jnp.where(factors.keep, 1, x) for x in (factors.coarse, factors.fine))
+    return [jax.vmap(lambda parts: layout.spread(parts, position))(x) for x in both]
+
+
+def _zero_unless(added: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(added.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
