@@ -17,6 +17,7 @@ from gradnorm_jax.norms.fold import l2, linf, nonfinite, zeros
 from gradnorm_jax.norms.measurement import fold, sharing
 from gradnorm_jax.telemetry import (
     DETAILS,
+    EXTRAS,
     KINDS,
     ClipMetrics,
     SkipMetrics,
@@ -56,7 +57,9 @@ def watch(
       every: Of how many updates one is recorded, from the first on.
       record: Which of "grad", "update" and "param" to measure; and of each part of the
         gradients, on request, "grad_max", the largest absolute value, "grad_zeros" and
-        "grad_nonfinite", how many entries are exactly 0, NaN or infinite.
+        "grad_nonfinite", how many entries are exactly 0, NaN or infinite. With
+        "noise_scale" also the number that `update(noise_scale=...)` is given, such as
+        the one that `running_noise_scale` reads; it is not handed on to `tx`.
       groups: Labels by which leaves have one norm together instead of one each, as in
         `group_norms`.
       stacked_axes: The axis along which a leaf stacks layers, as in `leaf_norms`.
@@ -82,7 +85,7 @@ def watch(
     Raises:
       ValueError: If `window` or `every` is below 1, or `record` is empty or holds
         another word. By `update`: if parameters are to be recorded and `params` is not
-        given.
+        given, or `noise_scale` is given and not to be recorded.
 
     Example:
       >>> tx = watch(optax.sgd(0.5), window=2, record=("grad", "update"))
@@ -119,10 +122,12 @@ def watch(
         params: Tree | None = None,
         *,
         value: jax.Array | float | None = None,
+        noise_scale: jax.Array | float | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, WatchState]:
         check_state(state, WatchState, "watch")
         _need("param" in record, params, "watch(...).update(params=...)")
+        _check_noise_scale(noise_scale, record)
         if value is not None:
             extra_args["value"] = value
         leaves = jax.tree.leaves(updates)
@@ -139,7 +144,8 @@ def watch(
 
             def row() -> jax.Array:
                 norms = _norms(trees, record, divided, "watch(...).update")
-                return jnp.concatenate([*norms, _scalars(inner_state, value)])
+                scalars = _scalars(inner_state, value, record, noise_scale)
+                return jnp.concatenate([*norms, scalars])
 
             return outgoing, _written(state, inner_state, row, every)
 
@@ -152,6 +158,7 @@ def measure(
     params: Tree | None = None,
     *,
     value: jax.Array | float | None = None,
+    noise_scale: jax.Array | float | None = None,
     state: Any = None,
     details: tuple[str, ...] = (),
     groups: Groups | None = None,
@@ -169,6 +176,8 @@ def measure(
       updates: What is added to the parameters, if that is to be measured.
       params: The parameters before the step, if they are to be measured.
       value: The loss.
+      noise_scale: The gradient noise scale, such as `running_noise_scale` reads it, if
+        that is to be recorded.
       state: The optimizer's state after the step; what its clip did is recorded.
       details: Some of "grad_max", "grad_zeros" and "grad_nonfinite", as in `watch`.
       groups: Labels by which leaves have one norm together, as in `group_norms`.
@@ -200,6 +209,8 @@ def measure(
     given = {"grad": grads, "update": updates, "param": params}
     trees = {kind: tree for kind, tree in given.items() if tree is not None}
     record = (*trees, *details)
+    if noise_scale is not None:
+        record = (*record, "noise_scale")
     placement = Placement(axis_names, specs, "measure(...)")
     divided = functools.partial(
         layout,
@@ -209,24 +220,42 @@ def measure(
         caller="measure(grads)",
         measured=True,
     )
-    row = [*_norms(trees, record, divided, "measure"), _scalars(state, value)]
+    norms = _norms(trees, record, divided, "measure")
+    scalars = _scalars(state, value, record, noise_scale)
     columns = columns_of(divided(grads), record)
-    return Stats(jnp.concatenate(row), columns)
+    return Stats(jnp.concatenate([*norms, scalars]), columns)
 
 
-def _scalars(inner_state: Any, value: jax.Array | float | None) -> jax.Array:
-    absent = jnp.full((), jnp.nan, jnp.float32)
-    loss = absent if value is None else jnp.asarray(value, jnp.float32).reshape(())
+def _scalars(
+    inner_state: Any,
+    value: jax.Array | float | None,
+    record: tuple[str, ...],
+    noise_scale: jax.Array | float | None,
+) -> jax.Array:
+    """What a row ends with: the loss, what the clip did, and what else is recorded."""
+    known = [_clipped(inner_state)]
+    if "noise_scale" in record:
+        known.append(_number(noise_scale))
+    return jnp.concatenate([_number(value), *known])
+
+
+def _number(value: jax.Array | float | None) -> jax.Array:
+    number = jnp.nan if value is None else value
+    return jnp.asarray(number, jnp.float32).reshape(1)
+
+
+def _clipped(inner_state: Any) -> jax.Array:
+    absent = jnp.full(3, jnp.nan, jnp.float32)
     clips = find(inner_state, ClipMetrics)
     if not clips:
-        return jnp.stack([loss, absent, absent, absent])
+        return absent
     limit = jnp.min(clips[0].limits, initial=jnp.inf).astype(jnp.float32)
     scale = jnp.min(clips[0].scales, initial=jnp.inf).astype(jnp.float32)
     clipped = jnp.stack([limit, scale, clips[0].clipped_fraction])
     skips = find(inner_state, SkipMetrics)
     if skips:  # what a clip inside says is then of the last step that counted
         clipped = jnp.where(skips[0].skipped, absent, clipped)
-    return jnp.concatenate([loss[None], clipped])
+    return clipped
 
 
 def _norms(
@@ -297,12 +326,21 @@ def _need(asked: bool, params: Tree | None, argument: str) -> None:
         )
 
 
+def _check_noise_scale(noise_scale: Any, record: tuple[str, ...]) -> None:
+    if noise_scale is not None and "noise_scale" not in record:
+        raise ValueError(
+            "`watch(...).update(noise_scale=...)` was given, but nothing keeps it."
+            f" Watch with `record={(*record, 'noise_scale')}`, and give that to"
+            " `Monitor` too."
+        )
+
+
 def _check(tx: Any, window: int, every: int, record: tuple[str, ...]) -> None:
     check_transformation(tx, "watch(tx=...)")
     if not window >= 1:
         raise ValueError(f"`watch(window=...)` must be at least 1 row, got {window!r}.")
     check_steps(every, 1, "watch(every=...)", "1 records every update.")
-    known = (*KINDS, *DETAILS)
+    known = (*KINDS, *DETAILS, *EXTRAS)
     if isinstance(record, str) or not record or not set(record) <= set(known):
         raise ValueError(
             f"`watch(record=...)` must be a tuple of some of {known}, got {record!r}."

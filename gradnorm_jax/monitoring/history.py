@@ -21,8 +21,8 @@ class History:
       grad: L2 norms of the gradients before the clip, float32 [T, L], or `None`.
       update: L2 norms of what was added to the parameters, [T, L], or `None`.
       param: L2 norms of the parameters before the update, [T, L], or `None`.
-      scalars: `loss`, `clip/limit`, `clip/scale` and `clip/fraction`, each of shape
-        [T], and NaN where a step had none.
+      scalars: `loss`, `clip/limit`, `clip/scale`, `clip/fraction`, and on request
+        `noise_scale/simple`, each of shape [T], and NaN where a step had none.
       details: What else was recorded of the gradients, each of shape [T, L]:
         `grad_max`, the largest absolute value, `grad_zeros` and `grad_nonfinite`, how
         many entries are exactly 0, NaN or infinite.

@@ -33,7 +33,7 @@ def describe(
     names: Names | None,
 ) -> telemetry.Columns:
     """Says what the columns are that `watch` records of these parameters."""
-    known = (*telemetry.KINDS, *telemetry.DETAILS)
+    known = (*telemetry.KINDS, *telemetry.DETAILS, *telemetry.EXTRAS)
     if isinstance(record, str) or not set(record) <= set(known):
         raise ValueError(
             f"`Monitor(record=...)` must be a tuple of some of {known}, the one that"

@@ -73,6 +73,9 @@ def summarize(history: History) -> Summary:
     if clip:
         figures.append(clip)
         sentence += f"; {clip.value} of the steps were clipped"
+    noise = _noise_scale(history)
+    if noise:
+        figures.append(noise)
     nonfinite, where = _nonfinite(history)
     figures.append(
         KeyFigure("Non-finite steps", f"{nonfinite:,}", where, nonfinite > 0)
@@ -115,6 +118,21 @@ def _clip(history: History) -> KeyFigure | None:
         low, high = plain(limits.min()), plain(limits.max())
         note = f"limit {low}" if low == high else f"limit {low} to {high}"
     return KeyFigure("Steps clipped", percent(share), note)
+
+
+def _noise_scale(history: History) -> KeyFigure | None:
+    """Says how noisy the gradients were, if that was recorded and is known at all."""
+    scales = history.scalars.get("noise_scale/simple", np.array([]))
+    known = np.flatnonzero(np.isfinite(scales))
+    if not len(known):
+        return None
+    last = known[-1]
+    median = float(series.quantile(scales[known], 0.5))
+    note = f"examples, at step {history.steps[last]:,}; median {plain(median)}"
+    missing = len(scales) - len(known)
+    if missing:
+        note += f"; no estimate in {missing:,} {_plural('row', missing)}"
+    return KeyFigure("Noise scale", plain(float(scales[last])), note)
 
 
 def percent(share: float) -> str:

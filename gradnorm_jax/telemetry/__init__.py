@@ -2,6 +2,7 @@
 
 from gradnorm_jax._typing import DETAILS, KINDS
 from gradnorm_jax.telemetry.naming import (
+    EXTRAS,
     SCALARS,
     columns,
     columns_of,
@@ -21,6 +22,7 @@ from gradnorm_jax.telemetry.states import (
 
 __all__ = [
     "DETAILS",
+    "EXTRAS",
     "KINDS",
     "SCALARS",
     "ClipMetrics",

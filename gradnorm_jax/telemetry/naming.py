@@ -22,6 +22,8 @@ State = TypeVar("State", bound=tuple)
 
 #: The columns that every row of `watch` ends with; NaN where there is none.
 SCALARS = ("loss", "clip/limit", "clip/scale", "clip/fraction")
+#: What a row holds after these on request: the word that asks, and its column.
+EXTRAS = {"noise_scale": "noise_scale/simple"}
 
 
 def find(state: Tree, kind: type[State]) -> list[State]:
@@ -92,7 +94,7 @@ def columns(
     Returns:
       "grad/<part>", "update/<part>" and "param/<part>" for every part, then what else
       is recorded of the gradients, then "loss", "clip/limit", "clip/scale" and
-      "clip/fraction".
+      "clip/fraction", and "noise_scale/simple" where that is recorded.
 
     Example:
       >>> columns({"w": jnp.ones(3), "b": jnp.ones(1)}, record=("grad",))[:3]
@@ -116,14 +118,19 @@ def columns_of(parts: Layout, record: tuple[str, ...]) -> Columns:
         dims = np.repeat(left, np.diff(parts.offsets)).tolist()
     kinds = [kind for kind in (*KINDS, *DETAILS) if kind in record]
     sizes = tuple(parts.sizes.astype(int).tolist())
-    columns = (*(f"{kind}/{name}" for kind in kinds for name in names), *SCALARS)
+    extras = [word for word in EXTRAS if word in record]
+    columns = (
+        *(f"{kind}/{name}" for kind in kinds for name in names),
+        *SCALARS,
+        *(EXTRAS[word] for word in extras),
+    )
     return Columns(
         columns,
         names,
         sizes,
         tuple(dims),
         # Not of the names: Flax NNX has others inside `init` than outside.
-        zlib.crc32(repr((kinds, sizes)).encode()) >> 1,
+        zlib.crc32(repr((kinds + extras, sizes)).encode()) >> 1,
     )
 
 
