@@ -18,6 +18,7 @@ def per_example_global_norm_clip(
     grads: Tree,
     l2_norm_clip: Scalar,
     *,
+    example_mask: jax.Array | None = None,
     axis_names: AxisNames = AUTO,
     specs: Tree | None = None,
 ) -> tuple[Tree, jax.Array]:
@@ -31,6 +32,8 @@ def per_example_global_norm_clip(
     Args:
       grads: A tree of gradients with the examples along axis 0 of every leaf.
       l2_norm_clip: The largest norm of one example's gradient (:math:`C`).
+      example_mask: False for each example that is padding: it adds nothing, and does
+        not count.
       axis_names: Inside `shard_map`, the mesh axes over which the gradient of one
         example is split; `()` where each device holds all of the gradients of its own
         examples. The sum is then that over the examples of one device.
@@ -45,8 +48,8 @@ def per_example_global_norm_clip(
         of norm at most `l2_norm_clip`, to rounding in float32.
 
     Raises:
-      ValueError: If a leaf has no axis 0 of the common size, or `l2_norm_clip` is
-        negative.
+      ValueError: If a leaf has no axis 0 of the common size, `l2_norm_clip` is
+        negative, or `example_mask` has another shape.
       TypeError: If a leaf is of an integer dtype.
 
     Example:
@@ -66,7 +69,8 @@ def per_example_global_norm_clip(
         grads, placement, caller="per_example_global_norm_clip(grads)"
     )
     limits = jnp.broadcast_to(jnp.asarray(l2_norm_clip), layout.part_shape)
-    total, clipped = _clip_and_sum(layout, grads, limits)
+    mask = _checked_mask(example_mask, layout)
+    total, clipped = _clip_and_sum(layout, grads, limits, mask)
     return total, jnp.sum(clipped, dtype=jnp.int32)
 
 
@@ -133,22 +137,40 @@ def per_example_layer_norm_clip(
 
 
 def _clip_and_sum(
-    layout: Layout, grads: Tree, limits: jax.Array
+    layout: Layout, grads: Tree, limits: jax.Array, mask: jax.Array | None = None
 ) -> tuple[Tree, jax.Array]:
     _, leaves, treedef = _trees.flatten(grads, "per-example clip")
     norms, _ = measure(layout, leaves, l2)
     factors = scaling(norms, Bound(limits.astype(norms.dtype)), 0.0, rescale)
-    bad = ~jnp.isfinite(norms)
+    bad = left_out = ~jnp.isfinite(norms)
+    if mask is not None:
+        left_out = bad | ~mask
     sums = []
     for position, x in enumerate(leaves):
         keep, coarse, fine, dropped = (
-            layout.spread(values, position) for values in (*factors, bad)
+            layout.spread(values, position) for values in (*factors, left_out)
         )
         wide = x.astype(np.promote_types(x.dtype, norms.dtype))
         sums.append(
             jnp.sum(jnp.where(dropped, 0, kernels.scale(wide, keep, coarse, fine)), 0)
         )
-    return jax.tree.unflatten(treedef, sums), bad | ~factors.keep
+    clipped = bad | ~factors.keep
+    if mask is not None:
+        clipped &= mask
+    return jax.tree.unflatten(treedef, sums), clipped
+
+
+def _checked_mask(mask: jax.Array | None, layout: Layout) -> jax.Array | None:
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool or mask.shape != layout.part_shape:
+        raise ValueError(
+            "`per_example_global_norm_clip(example_mask=...)` must be True or False for"
+            f" each example, of shape {layout.part_shape}, got {mask.dtype} of shape"
+            f" {mask.shape}."
+        )
+    return mask
 
 
 __all__ = ["per_example_global_norm_clip", "per_example_layer_norm_clip"]
