@@ -14,12 +14,19 @@ import gradnorm_jax as gn
 
 ROOT = Path(gn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-HOST = ("flax", "matplotlib", "sklearn", "rich", "gradnorm_jax.monitoring")
+HOST = (
+    "flax",
+    "matplotlib",
+    "sklearn",
+    "rich",
+    "dp_accounting",
+    "gradnorm_jax.monitoring",
+)
 
 
 def exported():
-    """Every public function and class, of the face and of its three modules."""
-    modules = [gn, gn.norms, gn.thresholds, gn.shrink]
+    """Every public function and class, of the face and of its four modules."""
+    modules = [gn, gn.norms, gn.privacy, gn.thresholds, gn.shrink]
     named = {
         f"{module.__name__}.{name}": getattr(module, name)
         for module in modules
@@ -40,6 +47,12 @@ def test_what_can_be_imported_is_what_is_exported():
     assert own | {"monitoring"} == set(gn.__all__)
     assert gn.__all__ == sorted(gn.__all__)
     assert all(hasattr(gn, name) for name in gn.__all__)
+
+
+def test_no_module_hides_what_bears_its_name():
+    for module in (gn.norms, gn.privacy, gn.thresholds, gn.shrink):
+        given = [getattr(module, name) for name in module.__all__]
+        assert not [x for x in given if isinstance(x, types.ModuleType)]
 
 
 def test_import_loads_nothing_of_the_host():
@@ -90,7 +103,10 @@ def test_nobody_reaches_into_what_is_private(path):
 
 
 def test_every_module_of_the_core_names_what_it_gives():
-    for module in ("norms", "thresholds", "shrink", "telemetry", "clipping", "methods"):
+    for module in (
+        *("norms", "thresholds", "shrink", "telemetry", "clipping", "methods"),
+        "privacy",
+    ):
         loaded = importlib.import_module(f"gradnorm_jax.{module}")
         assert loaded.__all__
         assert all(hasattr(loaded, name) for name in loaded.__all__)

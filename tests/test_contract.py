@@ -60,6 +60,9 @@ TRANSFORMATIONS = {
     "reset_state_every": lambda: gn.reset_state_every(
         optax.chain(gn.adaclip(), optax.scale_by_adam()), 2, warmup_steps=2
     ),
+    "add_gaussian_noise": lambda: gn.add_gaussian_noise(
+        1.0, 1.0, expected_batch_size=4, key=jax.random.key(0)
+    ),
     "with_residual": lambda: gn.with_residual(gn.clip_by_global_norm(1.0)),
     "watch": lambda: gn.watch(optax.adamw(1e-3), window=4),
     "watch a clip": lambda: gn.watch(

@@ -10,6 +10,9 @@ from examples import (
     digits,
     experiment,
     lock_in,
+    mislabelled_digits,
+    noise_scale,
+    private_digits,
     rnn_explosion,
     scale_transfer,
     stable_rates,
@@ -21,6 +24,9 @@ MODULES = {
     "corrupted_batches": corrupted_batches,
     "scale_transfer": scale_transfer,
     "lock_in": lock_in,
+    "noise_scale": noise_scale,
+    "private_digits": private_digits,
+    "mislabelled_digits": mislabelled_digits,
 }
 every_experiment = pytest.mark.parametrize("name", MODULES)
 
@@ -119,6 +125,54 @@ def test_rearming_frees_a_clip_that_is_locked_in_and_costs_a_long_burst():
     assert freed[kept] > 0.8
     assert freed[short] == pytest.approx(locked[short], abs=0.02)
     assert freed[long] < locked[long] - 0.1
+
+
+def test_an_average_of_the_noise_scale_is_valid_and_near_the_truth():
+    last = outcome("noise_scale").rows[-1]
+    ratios = [float(x) for x in last["estimate / truth, each seed"].split(", ")]
+    assert 0.6 < np.mean(ratios) < 1.5
+    assert last["valid, over 200 steps"] == "100%"
+    assert last["valid, over 1 step"] != "100%"
+
+
+def test_noise_costs_accuracy_and_the_less_there_is_the_more_is_told():
+    rows = outcome("private_digits").rows
+    epsilons = [row["epsilon at delta 0.0001"] for row in rows]
+    assert epsilons[:2] == ["none", "none"]
+    assert epsilons[2:5] == epsilons[5:]
+    assert [float(x) for x in epsilons[2:5]] == sorted(
+        map(float, epsilons[2:5]), reverse=True
+    )
+    accuracy = [row["accuracy"] for row in rows]
+    assert accuracy[0] > accuracy[4] + 0.1
+    assert accuracy[2] > accuracy[4] + 0.1
+    assert rows[0]["examples clipped"] == "0%"
+
+
+def test_each_image_joins_a_private_batch_on_its_own():
+    seed = private_digits.seeds(0, 2, 200)
+    sizes = seed.is_there.sum(axis=-1)
+    assert sizes.mean() == pytest.approx(private_digits.SIZE, abs=3)
+    assert 9 < sizes.std() < 13  # that of a binomial is 10.8
+    assert sizes.max() == seed.images.shape[-1]
+    for images, is_there in zip(seed.images[0], seed.is_there[0], strict=True):
+        assert len(np.unique(images[is_there])) == is_there.sum()
+
+
+def test_wrong_labels_have_large_gradient_norms_as_they_have_large_losses():
+    last = outcome("mislabelled_digits").rows[-1]
+    assert last["found by gradient norm"] > 0.7
+    assert last["found by loss"] == pytest.approx(
+        last["found by gradient norm"], abs=0.1
+    )
+    assert last["found by chance"] < 0.2
+
+
+def test_one_label_in_twenty_is_another_digit():
+    seed, labels = mislabelled_digits.seeds(2, 1), digits.load()[1]
+    np.testing.assert_array_equal(seed.labels != labels, seed.is_wrong)
+    assert seed.is_wrong.mean() == pytest.approx(0.05, abs=0.001)
+    assert set(np.unique(seed.labels)) == set(range(10))
 
 
 def test_all_runs_are_the_outer_product_of_the_axes():

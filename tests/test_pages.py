@@ -14,6 +14,7 @@ PAGES = {
     "README.md": ("runs/a/run.json",),
     "docs/distributed.md": (),
     "docs/monitoring.md": (),
+    "docs/per_example.md": (),
 }
 
 

@@ -1,7 +1,7 @@
 """Where arrays are put: a state on the mesh of its parameters, and kept there."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,39 @@ def varied(state: Tree, params: Tree, split: Sequence[Split]) -> Tree:
     left = set().union(*map(varying, jax.tree.leaves(params))) if manual else set()
     axes = ordered(manual, left - {axis for own in split for axis in own.axes})
     return jax.tree.map(functools.partial(_varied_over, axes=axes), state)
+
+
+def split_by_the_compiler(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    batch: Tree,
+    out_specs: Callable[[jax.P], Any],
+) -> Any:
+    """Calls a function and lets the compiler decide what is split how.
+
+    On Explicit axes, which would want every reshape to be told.
+
+    Args:
+      fun: A function of `args`.
+      args: Trees; leaves that are no arrays are handed on as they are.
+      batch: Those of them that have examples along axis 0.
+      out_specs: The specs of the result, a function of the spec of `[B]`.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return fun(*args)
+    leaves, treedef = jax.tree.flatten(args)
+    places = [k for k, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def of_arrays(*arrays: jax.Array) -> Any:
+        own = list(leaves)
+        for k, x in zip(places, arrays, strict=True):
+            own[k] = x
+        return fun(*jax.tree.unflatten(treedef, own))
+
+    specs = (jax.typeof(x).sharding.spec for x in jax.tree.leaves(batch))
+    of_examples = jax.P(next((spec[0] for spec in specs if spec), None))
+    decided = jax.sharding.auto_axes(of_arrays, out_sharding=out_specs(of_examples))
+    return decided(*(leaves[k] for k in places))
 
 
 def varying_like(tree: Tree, others: Tree) -> Tree:

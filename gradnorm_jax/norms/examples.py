@@ -77,8 +77,8 @@ class Loss:
             return args[self.argnums]
         return tuple(args[k] for k in self.argnums)
 
-    def one(self, args: Sequence[Any], kwargs: dict[str, Any]) -> "OneExample":
-        """Returns the loss as a function of one example, and the examples."""
+    def batch(self, args: Sequence[Any]) -> Tree:
+        """Returns the arguments with examples along axis 0."""
         last = max([*_tuple(self.argnums), *self.batch_argnums, self.key_argnum or 0])
         if last >= len(args):
             raise TypeError(
@@ -86,8 +86,12 @@ class Loss:
                 f" position, got {len(args)}: `argnums`, `batch_argnums` and"
                 " `key_argnum` count them."
             )
-        size = self._size(args)
-        batch = {k: args[k] for k in self.batch_argnums}
+        return {k: args[k] for k in self.batch_argnums}
+
+    def one(self, args: Sequence[Any], kwargs: dict[str, Any]) -> "OneExample":
+        """Returns the loss as a function of one example, and the examples."""
+        batch = self.batch(args)
+        size = self._size(batch)
         if self.key_argnum is not None:
             batch[self.key_argnum] = jax.random.split(args[self.key_argnum], size)
         params = _sharding.varying_like(self.params(args), batch)
@@ -106,8 +110,8 @@ class Loss:
         value_and_grad = jax.value_and_grad(loss, has_aux=self.has_aux)
         return OneExample(loss, value_and_grad, params, batch, size, self.has_aux)
 
-    def _size(self, args: Sequence[Any]) -> int:
-        leaves = [x for k in self.batch_argnums for x in jax.tree.leaves(args[k])]
+    def _size(self, batch: Tree) -> int:
+        leaves = jax.tree.leaves(batch)
         sizes = {jnp.shape(x)[0] if jnp.ndim(x) else 0 for x in leaves}
         if len(sizes) != 1 or 0 in sizes:
             shapes = [jnp.shape(x) for x in leaves]
@@ -119,7 +123,7 @@ class Loss:
         return sizes.pop()
 
     def _check(self, loss: Callable[..., Any], params: Tree, batch: Tree) -> None:
-        example = jax.tree.map(lambda x: x[0], batch)
+        example = jax.tree.map(first, batch)
         result = jax.eval_shape(loss, params, example)
         value = result[0] if self.has_aux else result
         if jnp.shape(value) != ():
@@ -194,6 +198,15 @@ def gathered(tree: Tree, size: int) -> Tree:
     return jax.tree.map(lambda x: _gathered(x, size), tree)
 
 
+def first(x: jax.Array) -> jax.Array:
+    """Returns the first example, which no other device needs to be asked for."""
+    sharding = jax.typeof(x).sharding
+    if x.ndim and sharding.spec and sharding.spec[0] is not None:
+        spec = jax.P(None, *sharding.spec[1:])
+        x = jax.reshard(x, jax.NamedSharding(sharding.mesh, spec))
+    return x[0]
+
+
 def in_turn(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns a function of one example that `vmap` runs for one after the other.
 
@@ -203,19 +216,59 @@ def in_turn(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     @one.def_vmap
     def _(size: int, batched: list[bool], *args: Any) -> tuple[jax.Array, bool]:
-        at_a_time = 1 if _sharding.is_manual() else jax.device_count()
-        slices = [x for x, own in zip(args, batched, strict=True) if own]
-
-        def of_some(slices: list[Any]) -> jax.Array:
-            rest = iter(slices)
-            own = [next(rest) if k else x for k, x in zip(batched, args, strict=True)]
-            return jax.vmap(fun, [0 if k else None for k in batched])(*own)
-
-        rounds = max(1, size // at_a_time)
-        chunks, _ = dealt(slices, size, rounds)
-        return gathered(jax.lax.map(of_some, chunks), size), True
+        slices = [x for x, varies in zip(args, batched, strict=True) if varies]
+        of_some = jax.vmap(_with_the_rest(fun, batched, args))
+        chunks, _ = dealt(slices, size, _rounds(size))
+        return gathered(jax.lax.map(lambda own: of_some(*own), chunks), size), True
 
     return one
+
+
+def sum_in_turn(
+    fun: Callable[..., jax.Array], batched: Sequence[bool], *args: jax.Array
+) -> jax.Array:
+    """Returns the sum of a function of one example, one after the other as `in_turn`.
+
+    Args:
+      fun: Of one example.
+      batched: Which arguments have a leading axis of examples.
+      *args: The arguments of all examples.
+    """
+    slices = [x for x, varies in zip(args, batched, strict=True) if varies]
+    size = len(slices[0])
+    rounds = _rounds(size)
+    of_some = jax.vmap(_with_the_rest(fun, batched, args))
+    chunks, real = dealt(slices, size, rounds)
+    shape = jax.eval_shape(of_some, *(x[0] for x in chunks))
+    zeros = jnp.zeros(shape.shape, shape.dtype)
+
+    def add(total: jax.Array, one: tuple) -> tuple[jax.Array, None]:
+        is_real, own = one
+        found = of_some(*own)
+        keep = is_real.reshape(-1, *[1] * (found.ndim - 1))
+        return total + jnp.where(keep, found, jnp.zeros((), found.dtype)), None
+
+    start = _sharding.varying_like(zeros, slices)
+    return jnp.sum(jax.lax.scan(add, start, (real, chunks))[0], axis=0)
+
+
+def _with_the_rest(
+    fun: Callable[..., jax.Array], batched: Sequence[bool], args: Sequence[Any]
+) -> Callable[..., jax.Array]:
+    """Returns a function of only those arguments that differ between examples."""
+
+    def of_one(*slices: Any) -> jax.Array:
+        rest = iter(slices)
+        return fun(
+            *(next(rest) if k else x for k, x in zip(batched, args, strict=True))
+        )
+
+    return of_one
+
+
+def _rounds(size: int) -> int:
+    at_a_time = 1 if _sharding.is_manual() else jax.device_count()
+    return max(1, size // at_a_time)
 
 
 def _dealt(x: jax.Array, rounds: int) -> jax.Array:

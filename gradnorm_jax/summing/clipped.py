@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradnorm_jax import _sharding
 from gradnorm_jax._checks import check_state
 from gradnorm_jax._typing import Scalar, Tree
 from gradnorm_jax.norms.examples import (
@@ -19,7 +20,7 @@ from gradnorm_jax.norms.examples import (
     gathered,
 )
 from gradnorm_jax.norms.granularity import Granularity, whole_tree
-from gradnorm_jax.norms.per_example import check_implementation
+from gradnorm_jax.norms.of_examples import check_implementation
 from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
 from gradnorm_jax.summing.ways import WAYS
 from gradnorm_jax.thresholds.memoryless import as_threshold
@@ -118,8 +119,8 @@ def clipped_grad(
         `max_norm` with ``rescale`` and ``whole_tree()``, up to the error of a norm,
         5e-6 in float32. Replacing one changes it by at most twice that.
       - An example whose norm is not finite adds nothing, and is counted.
-      - No collective but the sum: on a mesh one all-reduce, by the compiler. Inside
-        `shard_map` the sum is that of the examples of one device.
+      - On a mesh nothing is reduced over devices but the sums of gradients and of
+        counts. Inside `shard_map` both are those of the examples of one device.
 
       ================  ===================
       an example with   adds
@@ -213,6 +214,27 @@ class ClippedGrad:
         **kwargs: Any,
     ) -> ClippedGrads:
         """Returns the sum or mean of the clipped gradients of a batch."""
+        batch = self.loss.batch(args)
+        params = self.loss.params(args)
+
+        def specs(of_examples: jax.P) -> Any:
+            grads = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+            return ClippedGrads(grads, *(of_examples,) * 4, *(jax.P(),) * 3)  # pyright: ignore
+
+        return _sharding.split_by_the_compiler(
+            self._of_batch,
+            (args, kwargs, example_mask, clip_state),
+            batch,
+            specs,
+        )
+
+    def _of_batch(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        example_mask: jax.Array | None,
+        clip_state: SumState | None,
+    ) -> ClippedGrads:
         one = self.loss.one(args, kwargs)
         layout = self.granularity.layout(one.params, measured=False)
         state = self._state(clip_state, one.params)
@@ -308,6 +330,7 @@ def _over_microbatches(
     first = jax.tree.map(lambda x: x[0], (chunks, masks))
     shapes, _ = jax.eval_shape(fun, *first)
     zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+    zeros = _sharding.varying_like(zeros, batch)
 
     def step(totals: list[jax.Array], one: tuple) -> tuple[list[jax.Array], Any]:
         leaves, found = fun(*one)

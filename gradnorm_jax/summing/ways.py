@@ -12,9 +12,7 @@ from gradnorm_jax import kernels
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Tree
 from gradnorm_jax.norms.examples import OneExample
-from gradnorm_jax.norms.ghost.totals import total_of, weighted
-from gradnorm_jax.norms.ghost.tracing import trace
-from gradnorm_jax.norms.per_example import (
+from gradnorm_jax.norms.of_examples import (
     norms_by_ghost,
     norms_of_formed,
     norms_of_members,
@@ -38,6 +36,9 @@ class Way:
 
 def _one_pass(one: OneExample, layout: Layout) -> Way:
     """Adds up what the norms came from, multiplied by the scales."""
+    from gradnorm_jax.norms.ghost.totals import total_of
+    from gradnorm_jax.norms.ghost.tracing import trace
+
     backward = trace(one)
     totals = [
         total_of(gradient, backward.program, bool(kept))
@@ -118,6 +119,7 @@ def _two_pass(one: OneExample, layout: Layout) -> Way:
 
 def _by_vmap(one: OneExample, layout: Layout) -> Way:
     """Forms the gradients of all examples: the truth."""
+    from gradnorm_jax.norms.ghost.totals import weighted
 
     def measure(batch: Tree) -> tuple[Any, jax.Array, Any]:
         result, grads = jax.vmap(one.value_and_grad, (None, 0))(one.params, batch)

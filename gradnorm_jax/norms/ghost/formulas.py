@@ -10,13 +10,13 @@ stands in the row that an index says, and is orthogonal to all that have another
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradnorm_jax.norms.examples import in_turn
+from gradnorm_jax.norms.examples import in_turn, sum_in_turn
 from gradnorm_jax.norms.ghost import costs
 from gradnorm_jax.norms.ghost.sums import Matrices, Sum
 
@@ -79,14 +79,19 @@ def total(
       arrays: What its values are; `[B, ...]` of those that differ between examples.
       weights: Factors of each example, `[B]`.
     """
-    in_axes = [0 if x.of_example else None for x in terms.values]
+    batched = [*(True for _ in weights), *(x.of_example for x in terms.values)]
 
-    def matrices(weights: Sequence[jax.Array], *own: jax.Array) -> list[Matrices]:
-        return [_weighted(x, weights) for x in terms.matrices(own)]
+    def matrices(*own: jax.Array) -> list[Matrices]:
+        factors, values = own[: len(weights)], own[len(weights) :]
+        return [_weighted(x, factors) for x in terms.matrices(values)]
+
+    def product(*own: jax.Array) -> jax.Array:
+        return _products(terms, matrices(*own), None)
 
     if costs.is_made(terms):
-        return terms.unfolded(_total_in_turn(terms, matrices, arrays, weights))
-    parts = jax.vmap(matrices, (0, *in_axes))(weights, *arrays)
+        return terms.unfolded(sum_in_turn(product, batched, *weights, *arrays))
+    in_axes = [0 if varies else None for varies in batched]
+    parts = jax.vmap(matrices, in_axes)(*weights, *arrays)
     laid = [
         Matrices(
             None if x.left is None else _merged(x.left, 1),
@@ -96,28 +101,6 @@ def total(
         for x in parts
     ]
     return terms.unfolded(_products(terms, laid, None))
-
-
-def _total_in_turn(
-    terms: Sum,
-    matrices: Callable[..., list[Matrices]],
-    arrays: Sequence[jax.Array],
-    weights: Sequence[jax.Array],
-) -> jax.Array:
-    varies = [x.of_example for x in terms.values]
-
-    def add(total: jax.Array, one: tuple) -> tuple[jax.Array, None]:
-        factors, slices = one
-        rest = iter(slices)
-        own = [next(rest) if k else x for k, x in zip(varies, arrays, strict=True)]
-        parts = matrices(factors, *own)
-        return total + _products(terms, parts, None), None
-
-    batch, _, rows, columns = terms.sizes
-    dtype = jnp.result_type(np.float32, *(x.aval.dtype for x in terms.values[:2]))
-    zeros = jnp.zeros((batch, rows, columns), dtype)
-    slices = [x for k, x in zip(varies, arrays, strict=True) if k]
-    return jax.lax.scan(add, zeros, (list(weights), slices))[0]
 
 
 def _weighted(x: Matrices, weights: Sequence[jax.Array]) -> Matrices:

@@ -1,14 +1,18 @@
 """A traced function as a list of operations, flat, to be added to and run in part."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.extend import core
 
 from gradnorm_jax.norms.ghost import versions
+
+if TYPE_CHECKING:
+    from jax.extend import core
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,7 +29,7 @@ class Value:
     """
 
     aval: Any
-    op: "Op | None" = None
+    op: Op | None = None
     position: int = 0
     constant: Any = None
     of_example: bool = False
@@ -141,7 +145,7 @@ def _inlined(
         known[x] = Value(x.aval, constant=constant)
 
     def value(x: Any) -> Value:
-        if isinstance(x, core.Literal):
+        if versions.is_literal(x):
             return Value(x.aval, constant=x.val)
         return known[x]
 

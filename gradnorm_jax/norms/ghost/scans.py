@@ -1,15 +1,19 @@
 """A loop in a program: what is asked of its body comes out of it, and nothing else."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.extend import core
 
 from gradnorm_jax.norms.ghost import programs, versions
 from gradnorm_jax.norms.ghost.programs import Op, Program, Value
+
+if TYPE_CHECKING:
+    from jax.extend import core
 
 
 @dataclasses.dataclass(eq=False)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradnorm_jax.norms.examples import in_turn
+from gradnorm_jax.norms.examples import in_turn, sum_in_turn
 from gradnorm_jax.norms.ghost import costs, formulas, recognition
 from gradnorm_jax.norms.ghost.leaves import last_steps, origin, without_moves
 from gradnorm_jax.norms.ghost.programs import Program, Value
@@ -102,24 +102,15 @@ def _total_of_sums(
 def _total_in_turn(
     gradient: Value, steps: Program, arrays: Sequence[jax.Array], weights: Weights
 ) -> jax.Array:
-    of_example = [x.of_example for x in steps.inputs]
+    def of_one(*own: jax.Array) -> jax.Array:
+        [grad] = steps.run(own[len(weights) :], [gradient])
+        wide = grad.astype(_wide(grad.dtype))
+        for factor in own[: len(weights)]:
+            wide = wide * factor.astype(wide.dtype)
+        return wide
 
-    def add(total: jax.Array, one: tuple) -> tuple[jax.Array, None]:
-        slices, factors = one
-        rest = iter(slices)
-        own = [
-            next(rest) if varies else x
-            for varies, x in zip(of_example, arrays, strict=True)
-        ]
-        [grad] = steps.run(own, [gradient])
-        grad = grad.astype(total.dtype)
-        for factor in factors:
-            grad = grad * factor.astype(total.dtype)
-        return total + grad, None
-
-    zeros = jnp.zeros(gradient.shape, _wide(gradient.aval.dtype))
-    slices = [x for varies, x in zip(of_example, arrays, strict=True) if varies]
-    return jax.lax.scan(add, zeros, (slices, list(weights)))[0]
+    batched = [*(True for _ in weights), *(x.of_example for x in steps.inputs)]
+    return sum_in_turn(of_one, batched, *weights, *arrays)
 
 
 def weighted(grads: jax.Array, weights: Weights) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from gradnorm_jax._typing import Tree
-from gradnorm_jax.norms.examples import OneExample
+from gradnorm_jax.norms.examples import OneExample, first
 from gradnorm_jax.norms.ghost import scans
 from gradnorm_jax.norms.ghost.programs import Program, Value
 
@@ -53,7 +53,7 @@ class Backward:
 
 def trace(one: OneExample) -> Backward:
     """Writes down how the gradient of one example is computed."""
-    example = jax.tree.map(lambda x: x[0], one.batch)
+    example = jax.tree.map(first, one.batch)
     closed, shapes = jax.make_jaxpr(one.value_and_grad, return_shape=True)(
         one.params, example
     )

@@ -1,10 +1,16 @@
 """What JAX says of an equation, where its versions say it in different words."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-from jax.extend import core
+
+if (
+    TYPE_CHECKING
+):  # it is loaded by whoever traces: that takes longer than all else here
+    from jax.extend import core
 
 # The parameter under which a call keeps the program that it calls.
 _CALLS = {
@@ -37,6 +43,8 @@ def called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     jaxpr = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
     if jaxpr is None:
         return None
+    from jax.extend import core
+
     return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
 
 
@@ -66,13 +74,22 @@ def loop(eqn: core.JaxprEqn) -> Loop:
 
 def runner(eqn: core.JaxprEqn) -> tuple[list[int], Callable[..., Sequence[jax.Array]]]:
     """Returns an equation as a function, and which of its inputs the function takes."""
-    taken: dict[core.Var, int] = {}
+    from jax.extend import core
+
+    taken: dict[Any, int] = {}
     for position, x in enumerate(eqn.invars):
-        if not isinstance(x, core.Literal):
+        if not is_literal(x):
             taken.setdefault(x, position)
     names = core.DebugInfo("ghost", eqn.primitive.name, ("",) * len(taken), None)
     alone = core.Jaxpr((), list(taken), eqn.outvars, [eqn], eqn.effects, names)
     return list(taken.values()), core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+
+
+def is_literal(x: Any) -> bool:
+    """Whether an input of an equation is a number that is written there."""
+    from jax.extend import core
+
+    return isinstance(x, core.Literal)
 
 
 def _num_stacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:

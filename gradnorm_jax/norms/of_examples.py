@@ -1,13 +1,16 @@
 """The norm of the gradient of each example, mostly without the gradient."""
 
+from __future__ import annotations
+
 import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from gradnorm_jax import _sharding
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Tree
 from gradnorm_jax.norms.examples import (
@@ -18,11 +21,11 @@ from gradnorm_jax.norms.examples import (
     in_microbatches,
 )
 from gradnorm_jax.norms.fold import accumulator
-from gradnorm_jax.norms.ghost.formulas import norm
-from gradnorm_jax.norms.ghost.leaves import norm_of
-from gradnorm_jax.norms.ghost.programs import Value
-from gradnorm_jax.norms.ghost.tracing import Backward, trace
 from gradnorm_jax.norms.granularity import Granularity, whole_tree
+
+if TYPE_CHECKING:  # loaded by whoever traces a loss
+    from gradnorm_jax.norms.ghost.programs import Value
+    from gradnorm_jax.norms.ghost.tracing import Backward
 
 IMPLEMENTATIONS = ("ghost", "vmap")
 _NOTHING: Mapping[int, Value] = types.MappingProxyType({})
@@ -49,7 +52,7 @@ def per_example_norms(
     parameter, a product of activations and of the gradients of outputs, is not
     computed: its norm follows from what is multiplied. That takes about the time and
     memory of one gradient of the mean loss, where `vmap(grad)` takes the memory of B
-    of them. What is not understood is formed as by `vmap`: :func:`explain_norms` says
+    of them. What is not understood is formed as by `vmap`: `explain_norms` says
     which.
 
     Args:
@@ -168,13 +171,18 @@ def value_and_per_example_norms(
     check_microbatch_size(microbatch_size, caller)
     check_implementation(implementation, IMPLEMENTATIONS, caller)
 
-    def values_and_norms(*args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:
+    def of_batch(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, jax.Array]:
         one = loss.one(args, kwargs)
         layout = granularity.layout(one.params, measured=False)
         way = norms_by_vmap if implementation == "vmap" else norms_by_ghost
         compute = way(one, layout)
         values, pieces = in_microbatches(compute, one.batch, one.size, microbatch_size)
         return values, together(layout, pieces, one.size)
+
+    def values_and_norms(*args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:
+        return _sharding.split_by_the_compiler(
+            of_batch, (args, kwargs), loss.batch(args), lambda of_examples: of_examples
+        )
 
     return values_and_norms
 
@@ -191,6 +199,8 @@ def norms_by_vmap(one: OneExample, layout: Layout) -> Callable[[Tree], Any]:
 
 def norms_by_ghost(one: OneExample, layout: Layout) -> Callable[[Tree], Any]:
     """Forms only those gradients that are no larger than what they are made of."""
+    from gradnorm_jax.norms.ghost.tracing import trace
+
     backward = trace(one)
     norms = norms_of_members(backward, layout)
 
@@ -211,6 +221,9 @@ def norms_of_members(
       layout: Which leaves are measured.
       formed: The gradients of the leaves that are formed anyway.
     """
+    from gradnorm_jax.norms.ghost.formulas import norm
+    from gradnorm_jax.norms.ghost.leaves import norm_of
+
     zero = backward.program.add(lambda: jnp.zeros((), jnp.float32))
     found = []
     for i in layout.members:
@@ -226,6 +239,8 @@ def norms_of_members(
 
 def norms_of_formed(grads: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
     """Returns the norms of the cells of each member of gradients `[B, ...]`."""
+    from gradnorm_jax.norms.ghost.formulas import norm
+
     return [
         jax.vmap(functools.partial(norm, kept=layout.kept[i]))(grads[i])
         for i in layout.members
@@ -254,6 +269,8 @@ def together(layout: Layout, norms: Sequence[jax.Array], size: int) -> jax.Array
 
 
 def _fold(norms: Sequence[jax.Array], size: int) -> jax.Array:
+    from gradnorm_jax.norms.ghost.formulas import norm
+
     dtype = accumulator(norms)
     pieces = [jnp.zeros((size, 0), dtype), *(x.astype(dtype) for x in norms)]
     return norm(jnp.concatenate(pieces, axis=1), kept=(0,))
@@ -270,131 +287,4 @@ def check_implementation(
         )
 
 
-class LeafRule(NamedTuple):
-    """How the norms of the gradients of one parameter are found.
-
-    Attributes:
-      name: Its path.
-      shape: Its shape.
-      rule: "zero": it is not used. "plain": its gradient is no larger than what it is
-        made of. "outer", "gram": not formed. "product": formed, as that is no larger
-        than its factors. "product in turn": formed for one example after the other.
-        And where it is not understood: "formed in turn", and "formed" for all.
-      flops: What that takes for all examples, besides the backward pass.
-      entries: How many numbers are held for it at a time.
-      why: Why the rule was chosen.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rule: str
-    flops: int
-    entries: int
-    why: str
-
-    @property
-    def is_understood(self) -> bool:
-        """Whether it is known how the gradient is made."""
-        return not self.rule.startswith("formed")
-
-
-class Explanation(tuple[LeafRule, ...]):
-    """The rules of all parameters; printed, a table."""
-
-    def __str__(self) -> str:
-        head = ("parameter", "shape", "rule", "MFLOP", "numbers", "why")
-        rows = [
-            (
-                row.name,
-                "x".join(map(str, row.shape)) or "scalar",
-                row.rule,
-                f"{row.flops / 1e6:.3g}",
-                f"{row.entries}",
-                row.why,
-            )
-            for row in self
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        return "\n".join(
-            "  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)
-        )
-
-
-def explain_norms(
-    loss_fn: Callable[..., Any],
-    *,
-    argnums: Argnums = 0,
-    batch_argnums: Argnums = 1,
-    key_argnum: int | None = None,
-    has_aux: bool = False,
-    batched: bool = False,
-    granularity: Granularity = whole_tree(),  # noqa: B008 - frozen
-) -> Callable[..., Explanation]:
-    """Makes a function that says how :func:`per_example_norms` finds its norms.
-
-    It traces the loss, and computes nothing.
-
-    Args:
-      loss_fn: As in :func:`per_example_norms`, and so are the other arguments.
-      argnums: Which arguments the gradient is taken of.
-      batch_argnums: Which arguments hold examples.
-      key_argnum: Which argument is a PRNG key.
-      has_aux: Whether `loss_fn` returns `(loss, aux)`.
-      batched: Whether `loss_fn` takes a batch.
-      granularity: What has one norm.
-
-    Returns:
-      A function of the arguments of `loss_fn` that returns a :class:`LeafRule` for each
-      parameter, in a tuple that prints as a table.
-
-    Example:
-      >>> loss_fn = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]))
-      >>> explain = explain_norms(loss_fn)
-      >>> [row] = explain({"w": jnp.ones((8, 9))}, jnp.ones((5, 2, 8)))
-      >>> print(row.name, row.rule, row.flops, row.entries)
-      w gram 720 40
-      >>> print(row.why)
-      T (p + d) is below p d: T = 2, 9 rows, 8 columns
-    """
-    loss = Loss.of(
-        loss_fn,
-        argnums=argnums,
-        batch_argnums=batch_argnums,
-        key_argnum=key_argnum,
-        has_aux=has_aux,
-        batched=batched,
-        caller="explain_norms",
-    )
-
-    def explain(*args: Any, **kwargs: Any) -> Explanation:
-        one = loss.one(args, kwargs)
-        layout = granularity.layout(one.params, measured=False)
-        backward = trace(one)
-        rows = []
-        for i in layout.members:
-            gradient = backward.gradient[i]
-            own = norm_of(gradient, backward.program, layout.kept[i]).costs
-            rows.append(
-                LeafRule(
-                    layout.names[i],
-                    layout.shapes[i],
-                    ", ".join(dict.fromkeys(cost.rule for cost in own)),
-                    one.size * sum(cost.flops for cost in own),
-                    sum(
-                        cost.entries * (1 if cost.in_turn else one.size) for cost in own
-                    ),
-                    "; ".join(dict.fromkeys(cost.why for cost in own)),
-                )
-            )
-        return Explanation(rows)
-
-    return explain
-
-
-__all__ = [
-    "Explanation",
-    "LeafRule",
-    "explain_norms",
-    "per_example_norms",
-    "value_and_per_example_norms",
-]
+__all__ = ["per_example_norms", "value_and_per_example_norms"]
