@@ -14,7 +14,7 @@ class LeafRule(NamedTuple):
       name: Its path.
       shape: Its shape.
       rule: "zero": it is not used. "plain": its gradient is no larger than what it is
-        made of. "outer", "gram": not formed. "product": formed, as that is no larger
+        made of, or has few entries. "outer", "gram": not formed. "product": formed, as that is no larger
         than its factors. "product in turn": formed for one example after the other.
         And where it is not understood: "formed in turn", and "formed" for all.
       flops: What that takes for all examples, besides the backward pass.

@@ -133,8 +133,10 @@ def _norm_of_steps(x: Value, scan: Scan, program: Program) -> LeafNorm:
 
 def _norm_in_turn(x: Value, program: Program, why: str) -> LeafNorm:
     """The gradient is formed from smaller values, one example after the other."""
+    if x.size <= SMALL:
+        return _formed(x, program, "plain", f"it has few entries, and {why}")
     steps = last_steps(x, program)
-    if steps is None or x.size <= SMALL:
+    if steps is None:
         return _formed(x, program, "formed", why)
 
     def norm(*arrays: jax.Array) -> jax.Array:
