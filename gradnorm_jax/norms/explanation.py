@@ -14,9 +14,10 @@ class LeafRule(NamedTuple):
       name: Its path.
       shape: Its shape.
       rule: "zero": it is not used. "plain": its gradient is no larger than what it is
-        made of, or has few entries. "outer", "gram": not formed. "product": formed, as that is no larger
-        than its factors. "product in turn": formed for one example after the other.
-        And where it is not understood: "formed in turn", and "formed" for all.
+        made of, or has few entries. "outer", "gram": it is not formed. "product": it is
+        formed, as that is no larger than its factors. "product in turn": it is formed
+        for one example after the other. Where it is not understood: "formed in turn",
+        or "formed" for all.
       flops: What that takes for all examples, besides the backward pass.
       entries: How many numbers are held for it at a time.
       why: Why the rule was chosen.
