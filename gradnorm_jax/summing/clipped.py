@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from gradnorm_jax import _sharding
-from gradnorm_jax._checks import check_state
 from gradnorm_jax._typing import Scalar, Tree
 from gradnorm_jax.norms.examples import (
     Argnums,
@@ -24,7 +23,7 @@ from gradnorm_jax.norms.of_examples import check_implementation
 from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
 from gradnorm_jax.summing.ways import WAYS
 from gradnorm_jax.thresholds.memoryless import as_threshold
-from gradnorm_jax.thresholds.rule import Context, Threshold, keep
+from gradnorm_jax.thresholds.rule import Context, Threshold
 
 REDUCTIONS = ("sum", "mean")
 
@@ -103,7 +102,8 @@ def clipped_grad(
       shrink: What a norm above its limit becomes, from :mod:`gradnorm_jax.shrink`.
       reduce: "sum", or "mean" over the examples that are there.
       microbatch_size: How many examples are computed at a time, to save memory; by
-        default all.
+        default so many that what is kept of them is not much larger than the
+        parameters, and at least 16.
       implementation: "one_pass", the default. "two_pass" finds the norms and then
         differentiates the weighted loss, which holds less and takes longer; for
         ``whole_tree()``. "vmap" forms all gradients.
@@ -120,7 +120,8 @@ def clipped_grad(
         5e-6 in float32. Replacing one changes it by at most twice that.
       - An example whose norm is not finite adds nothing, and is counted.
       - On a mesh nothing is reduced over devices but the sums of gradients and of
-        counts. Inside `shard_map` both are those of the examples of one device.
+        counts, but for "two_pass", which also fetches an example in place of others.
+        Inside `shard_map` both are those of the examples of one device.
 
       ================  ===================
       an example with   adds
@@ -256,7 +257,11 @@ class ClippedGrad:
             return leaves, (result, norms, factors.keep, factors.scales, limits)
 
         leaves, found = _over_microbatches(
-            of_microbatch, one.batch, present, one.size, self.microbatch_size
+            of_microbatch,
+            one.batch,
+            present,
+            one.size,
+            self.microbatch_size or way.microbatch_size,
         )
         result, norms, keep, scales, limits = found
         sound = _over_parts(jnp.all, jnp.isfinite(norms))
@@ -279,7 +284,12 @@ class ClippedGrad:
 
     def _state(self, clip_state: SumState | None, params: Tree) -> SumState:
         if clip_state is not None:
-            check_state(clip_state, SumState, "clipped_grad")
+            if not isinstance(clip_state, SumState):
+                raise TypeError(
+                    "`clipped_grad(...)(clip_state=...)` must be the `SumState` of"
+                    " `.init(params)` or of the last result, got a"
+                    f" {type(clip_state).__name__}."
+                )
             return clip_state
         if not self.is_number:
             raise ValueError(
@@ -309,7 +319,9 @@ class ClippedGrad:
             share = jnp.sum(passed & added, 0) / jnp.maximum(among, 1)
             share = share.astype(jnp.float32)
             taught = self.rule.observe_share(memory, share, context)
-            memory = keep(memory, taught, among == 0)
+            memory = jax.tree.map(
+                lambda old, new: jnp.where(among == 0, old, new), memory, taught
+            )
         return SumState(jnp.asarray(optax.safe_increment(state.step)), memory)
 
 

@@ -20,6 +20,12 @@ from gradnorm_jax.norms.of_examples import (
 )
 from gradnorm_jax.shrink import Scaling
 
+# What the norms come from is kept for so many examples that it is at most this many
+# times as large as the parameters, and for no fewer than these: each time, the sum of
+# all gradients is read and written once more.
+_SUMS_HELD = 4
+_FEW_EXAMPLES = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Way:
@@ -28,10 +34,12 @@ class Way:
     Attributes:
       measure: `batch -> (result, norms, what is kept for later)`.
       add: `(batch, what was kept, factors, which examples are added) -> leaves`.
+      microbatch_size: How many examples to take at a time, if it is not said.
     """
 
     measure: Callable[[Tree], tuple[Any, jax.Array, Any]]
     add: Callable[[Tree, Any, Scaling, jax.Array], list[jax.Array]]
+    microbatch_size: int | None = None
 
 
 def _one_pass(one: OneExample, layout: Layout) -> Way:
@@ -80,7 +88,9 @@ def _one_pass(one: OneExample, layout: Layout) -> Way:
             some_are_not, without_others, total, found, factors, added
         )
 
-    return Way(measure, add)
+    held = sum(x.size for x in values if x.of_example)
+    room = _SUMS_HELD * sum(x.size for x in backward.params)
+    return Way(measure, add, max(_FEW_EXAMPLES, room // max(held, 1)))
 
 
 def _two_pass(one: OneExample, layout: Layout) -> Way:
