@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import gradnorm_jax as gn
-from benchmarks import sharded, timing, trees
+from benchmarks import models, per_example, sharded, timing, trees
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SHAPES = {
@@ -255,19 +255,45 @@ def _print(row: Row) -> None:
     )
 
 
+def _examples(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints what per-example norms cost beside the plain gradient."""
+    print(
+        "\nPer-example norms and clipped sums; ratios to the gradient of the mean loss"
+    )
+    arms = options.arm or list(per_example.ARMS)
+    for arm in per_example.missing():
+        if arm in arms:
+            print(f"left out: {arm}, which is not installed")
+    print("\n" + per_example.HEADER)
+    rows = []
+    for row in per_example.rows(
+        options.model or (per_example.QUICK if options.quick else list(models.MODELS)),
+        options.batch or [16 if options.quick else 64],
+        arms,
+        seconds=8 if options.quick else 30,
+    ):
+        per_example.show(row)
+        rows.append(row._asdict())
+    return rows
+
+
 def main() -> None:
     """Runs the suite and prints one line for each comparison."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a third of the repeats")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats, smaller batches"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows here")
     parser.add_argument("--only", default="", help="only rows whose name holds this")
+    examples = parser.add_argument_group("per-example norms (--only examples)")
+    examples.add_argument("--model", nargs="+", choices=models.MODELS)
+    examples.add_argument("--arm", nargs="+", choices=per_example.ARMS)
+    examples.add_argument("--batch", nargs="+", type=int, help="batch sizes")
     options = parser.parse_args()
     repeats = 7 if options.quick else 21
 
-    bandwidth = timing.streaming_bandwidth()
     machine = f"{platform.processor() or platform.machine()}, {jax.devices()[0]}"
     print(f"jax {jax.__version__}, optax {optax.__version__}, {machine}")
-    print(f"reading memory in a stream: {bandwidth / 1e9:.1f} GB/s on all cores\n")
     suites = {
         "norm": lambda: norms(repeats, bandwidth),
         "clip": lambda: clips(repeats),
@@ -279,19 +305,24 @@ def main() -> None:
     }
     chosen = [suite for name, suite in suites.items() if options.only in name]
     if chosen:
-        print(HEADER)
+        bandwidth = timing.streaming_bandwidth()
+        print(f"reading memory in a stream: {bandwidth / 1e9:.1f} GB/s on all cores")
+        print("\n" + HEADER)
     rows: list[dict[str, Any]] = []
     for suite in chosen:
         for row in suite():
             _print(row)
             rows.append(row._asdict())
+    if options.only in "examples":
+        rows += _examples(options)
     if options.only in "sharded":
         rows += sharded.in_a_process(quick=options.quick)
-    seconds = statistics.median(timing.import_seconds() for _ in range(7))
-    print(
-        f"\n`import gradnorm_jax` once jax and optax are there: {seconds * 1e3:.0f} ms"
-        " (limit 60 ms)"
-    )
+    if options.only in "import":
+        seconds = statistics.median(timing.import_seconds() for _ in range(7))
+        print(
+            "\n`import gradnorm_jax` once jax and optax are there:"
+            f" {seconds * 1e3:.0f} ms (limit 60 ms)"
+        )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
