@@ -11,7 +11,7 @@ import numpy as np
 import gradnorm_jax as gn
 from gradnorm_jax.norms.ghost import costs, leaves
 
-from .oracle import QUICKLY, Measured, by_vmap, in_float64
+from .oracle import QUICKLY, Measured, by_vmap, forget_truths, in_float64
 
 IN_FLOAT32 = 5e-6
 IN_16_BITS = 1e-2
@@ -53,6 +53,13 @@ def measure(loss_fn, way="by shape", **how):
             return Measured(*both(params, batch), whole(params, batch))
 
     return run
+
+
+def forget():
+    """Lets go of all that was compiled, and of the truths."""
+    measure.cache_clear()
+    forget_truths()
+    jax.clear_caches()
 
 
 def measured(model, way="by shape", **how):

@@ -7,9 +7,18 @@ With `GRADNORM_EVERY_PROGRAM=1`, or by name, all are run.
 
 import os
 
-from .agreement import WAYS
+import pytest
+
+from .agreement import WAYS, forget
 from .models import ALIKE, MODELS
 from .programs import SHARE
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_compiled_is_forgotten():
+    """Leaves a process as it was: XLA ends it where it holds a thousand programs."""
+    yield
+    forget()
 
 
 def is_in_the_gate(case):

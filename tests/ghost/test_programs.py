@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from .agreement import WAYS, assert_alone, assert_right, measured
+from .agreement import WAYS, assert_alone, assert_right, forget, measured
 from .oracle import in_float64
 from .programs import KINDS, SEEDS, SHARE, program
 
@@ -15,6 +15,7 @@ def test_values_and_norms_of_a_random_program_are_right(seed):
     assert np.all(in_float64(model).whole > 1e-3)
     assert_right(model, measured(model, way))
     assert_alone(model, way)
+    forget()
 
 
 def test_the_share_that_the_gate_runs_has_layers_of_every_kind():
