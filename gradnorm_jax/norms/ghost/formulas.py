@@ -41,21 +41,21 @@ def norm_of_outer_product(terms: Sum, *arrays: jax.Array) -> jax.Array:
 
 def norm_by_gram(terms: Sum, *arrays: jax.Array) -> jax.Array:
     """Returns the norm of a sum of one example by inner products of its factors."""
-    parts, units = _scaled(terms.matrices(arrays))
-    total = jnp.zeros((), units[0].dtype)
+    parts, unit = _scaled(terms.matrices(arrays))
+    total = jnp.zeros((), unit.dtype)
     for k, one in enumerate(parts):
         for other in parts[: k + 1]:
             rows = _inner_products_of_rows(terms, one, other)
             columns = _inner_products(one.right, other.right)
             total += (1 if one is other else 2) * jnp.sum(rows * columns)
-    return _root(jnp.maximum(total, 0)) * units[0] * units[1]
+    return _root(jnp.maximum(total, 0)) * unit
 
 
 def norm_by_product(terms: Sum, *arrays: jax.Array) -> jax.Array:
     """Returns the norm of a sum of one example by its product."""
-    parts, units = _scaled(terms.matrices(arrays))
+    parts, unit = _scaled(terms.matrices(arrays))
     total = jnp.sum(jnp.square(_products(terms, parts, _EXACT)))
-    return _root(total) * units[0] * units[1]
+    return _root(total) * unit
 
 
 def product(terms: Sum, *arrays: jax.Array) -> jax.Array:
@@ -175,30 +175,30 @@ def _inner_products_of_rows(terms: Sum, a: Matrices, b: Matrices) -> jax.Array:
 
 def _scaled(
     parts: Sequence[Matrices],
-) -> tuple[list[Matrices], tuple[jax.Array, jax.Array]]:
+) -> tuple[list[Matrices], jax.Array]:
     """Divides the factors by their magnitudes, so that no square leaves float32.
 
-    Ones in place of a left factor stay ones: there the right one is divided by both.
+    Each row of a left factor by its own, by which that of the right one is multiplied:
+    of two terms the one may have on the left what the other has on the right.
     """
-    left = [_wide(x.left) for x in parts if x.left is not None]
-    right = [_wide(x.right) for x in parts]
-    units = (_magnitude(*left), _magnitude(*right))
-    scaled = [
-        Matrices(
-            None if x.left is None else _wide(x.left) / units[0],
-            _wide(x.right) / units[1] / (units[0] if x.left is None else 1),
-            x.ids,
-        )
-        for x in parts
-    ]
-    return scaled, units
+    balanced = [_balanced(x) for x in parts]
+    unit = _magnitude(*(x.right for x in balanced))
+    scaled = [x._replace(right=x.right / unit) for x in balanced]
+    return scaled, unit
+
+
+def _balanced(x: Matrices) -> Matrices:
+    right = _wide(x.right)
+    if x.left is None:
+        return x._replace(right=right)
+    left = _wide(x.left)
+    own = _unit(jnp.max(jnp.abs(left), -1, initial=0, keepdims=True))
+    return Matrices(left / own, right * own, x.ids)
 
 
 def _magnitude(*arrays: jax.Array) -> jax.Array:
-    if not arrays:
-        return jnp.ones((), np.float32)
     largest = [jnp.max(jnp.abs(x), initial=0) for x in arrays]
-    return _unit(functools.reduce(jnp.maximum, largest, jnp.zeros((), np.float32)))
+    return _unit(functools.reduce(jnp.maximum, largest))
 
 
 def _unit(largest: jax.Array) -> jax.Array:
