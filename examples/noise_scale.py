@@ -19,7 +19,6 @@ import optax
 
 import gradnorm_jax as gn
 from examples import digits, experiment
-from gradnorm_jax.norms.noise_scale import gradient_noise_scale, running_noise_scale
 
 RATE, EVERY = 0.1, 10
 MEMORIES = {1: 0.0, 10: 0.9, 200: 0.995}  # of how many steps: the decay
@@ -50,11 +49,11 @@ def train(seed: tuple[Any, jax.Array]) -> dict[str, jax.Array]:
     """Trains a network; returns what is true and what is estimated every 10 steps."""
     start, batches = seed
     images, labels = map(jnp.asarray, digits.load()[:2])
-    tx, slow = optax.sgd(RATE), running_noise_scale(MEMORIES[200] ** EVERY)
+    tx, slow = optax.sgd(RATE), gn.running_noise_scale(MEMORIES[200] ** EVERY)
     decays = jnp.array(list(MEMORIES.values()))
 
     def observe(decay: jax.Array, noise: Any, norms: tuple) -> Any:
-        return running_noise_scale(decay).update(noise, *norms)
+        return gn.running_noise_scale(decay).update(noise, *norms)
 
     def step(carry: tuple, chosen: jax.Array) -> tuple[tuple, jax.Array]:
         params, state, noise = carry
@@ -62,7 +61,7 @@ def train(seed: tuple[Any, jax.Array]) -> dict[str, jax.Array]:
         noise = jax.vmap(observe, (0, 0, None))(decays, noise, norms)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state, noise), gradient_noise_scale(*norms).noise_scale
+        return (params, state, noise), gn.gradient_noise_scale(*norms).noise_scale
 
     def block(carry: tuple, batches: jax.Array) -> tuple[tuple, dict]:
         training, noise_of_all = carry

@@ -18,6 +18,14 @@ def check_transformation(inner: Any, caller: str) -> None:
         )
 
 
+def check_kind(value: Any, kind: type, caller: str, way_out: str) -> None:
+    """Refuses what is not of a class of this library."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{caller}` must be a {kind.__name__} such as {way_out}, got {value!r}."
+        )
+
+
 def check_state(state: Any, kind: type, caller: str) -> None:
     """Refuses the state of another transformation."""
     if not isinstance(state, kind):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gradnorm_jax import _sharding, _trees, kernels
-from gradnorm_jax._checks import check_limit, check_state
+from gradnorm_jax._checks import check_kind, check_limit, check_state
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import AUTO, AxisNames, Bound, Scalar, Tree
@@ -277,11 +277,7 @@ def _check(granularity: Any, norm: Any, shrink: Any, nonfinite: Any, eps: Any) -
         ("norm", norm, Norm, "`gradnorm_jax.norms.l2` or `gradnorm_jax.norms.lp(3)`"),
         ("shrink", shrink, Shrink, "`gradnorm_jax.shrink.rescale`"),
     ):
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"`clip_by_norm({argument}=...)` must be a {kind.__name__} such as"
-                f" {way_out}, got {value!r}."
-            )
+        check_kind(value, kind, f"clip_by_norm({argument}=...)", way_out)
     if nonfinite not in POLICIES:
         raise ValueError(
             f"`clip_by_norm(nonfinite=...)` must be one of {POLICIES}, got"

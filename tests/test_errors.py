@@ -347,3 +347,38 @@ def test_what_is_no_number_of_steps_is_refused(steps):
         TypeError, match=r"rearm_after=...\)` must be a whole number of"
     ):
         gn.thresholds.percentile(10.0, rearm_after=steps)
+
+
+OF_EXAMPLES = {
+    "clipped_grad": lambda loss_fn, **how: gn.clipped_grad(loss_fn, 1.0, **how),
+    "explain_norms": gn.explain_norms,
+    "per_example_norms": gn.per_example_norms,
+    "value_and_per_example_norms": gn.value_and_per_example_norms,
+}
+
+
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+@pytest.mark.parametrize(
+    ("loss_fn", "how", "error", "message"),
+    [
+        (3, {}, TypeError, r"\(loss_fn\)` must be a function.*got 3"),
+        (jnp.dot, {"argnums": 1}, ValueError, r"\(argnums=1, batch_argnums=1.*differ"),
+        (jnp.dot, {"granularity": 2}, TypeError, r"\(granularity=.*whole_tree.*got 2"),
+    ],
+)
+def test_what_has_no_examples_is_refused_by_name(name, loss_fn, how, error, message):
+    with pytest.raises(error, match=f"^`{name}{message}"):
+        OF_EXAMPLES[name](loss_fn, **how)
+
+
+@pytest.mark.parametrize("name", ["per_example_norms", "value_and_per_example_norms"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"microbatch_size": 0}, r"\(microbatch_size=\.\.\.\)` must be at least 1"),
+        ({"implementation": "two_pass"}, r"\(implementation=.*'ghost', 'vmap'.*got"),
+    ],
+)
+def test_ways_to_norms_of_examples_that_are_not_there_are_refused(name, how, message):
+    with pytest.raises(ValueError, match=f"^`{name}{message}"):
+        OF_EXAMPLES[name](jnp.dot, **how)

@@ -385,6 +385,8 @@ BY_LEAF = {"implementation": "two_pass", "granularity": gn.per_leaf()}
         ({"implementation": "ghost"}, ValueError, "implementation=.*got 'ghost'"),
         ({"reduce": "max"}, ValueError, "reduce=.*'sum', 'mean'.*got 'max'"),
         ({"microbatch_size": 0}, ValueError, "microbatch_size=.*at least 1, got 0"),
+        ({"granularity": "leaf"}, TypeError, r"granularity=.*whole_tree.*got 'leaf'"),
+        ({"shrink": 0.5}, TypeError, r"clipped_grad\(shrink=.*a Shrink.*got 0.5"),
         ({"argnums": 1}, ValueError, r"argnums=1, batch_argnums=1.*different"),
         ({"batch_argnums": 2}, TypeError, "at least 3 arguments by position, got 2"),
         ({"xs": (np.ones(3), np.ones(4))}, ValueError, r"shapes \[\(3,\), \(4,\)\]"),

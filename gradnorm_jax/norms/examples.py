@@ -165,7 +165,7 @@ def check_microbatch_size(microbatch_size: int | None, caller: str) -> None:
             microbatch_size,
             1,
             f"{caller}(microbatch_size=...)",
-            "`None` takes all examples at a time.",
+            "Leave it out for the default.",
         )
 
 

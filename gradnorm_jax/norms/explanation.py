@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gradnorm_jax.norms.examples import Argnums, Loss
-from gradnorm_jax.norms.granularity import Granularity, whole_tree
+from gradnorm_jax.norms.granularity import Granularity, check_granularity, whole_tree
 
 
 class LeafRule(NamedTuple):
@@ -94,6 +94,8 @@ def explain_norms(
       >>> print(row.why)
       T (p + d) is below p d: T = 2, 9 rows, 8 columns
     """
+    caller = "explain_norms"
+    check_granularity(granularity, caller)
     loss = Loss.of(
         loss_fn,
         argnums=argnums,
@@ -101,7 +103,7 @@ def explain_norms(
         key_argnum=key_argnum,
         has_aux=has_aux,
         batched=batched,
-        caller="explain_norms",
+        caller=caller,
     )
 
     def explain(*args: Any, **kwargs: Any) -> Explanation:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gradnorm_jax import _layout
+from gradnorm_jax._checks import check_kind
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Tree
@@ -95,6 +96,16 @@ class Granularity:
           ('head', 'layers/w[0]', 'layers/w[1]')
         """
         return self.layout(tree, measured=False).part_names
+
+
+def check_granularity(granularity: object, caller: str) -> None:
+    """Refuses what does not say what has one norm."""
+    check_kind(
+        granularity,
+        Granularity,
+        f"{caller}(granularity=...)",
+        "`whole_tree()` or `per_leaf()`",
+    )
 
 
 def whole_tree() -> Granularity:

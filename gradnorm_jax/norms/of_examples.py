@@ -21,7 +21,7 @@ from gradnorm_jax.norms.examples import (
     in_microbatches,
 )
 from gradnorm_jax.norms.fold import accumulator
-from gradnorm_jax.norms.granularity import Granularity, whole_tree
+from gradnorm_jax.norms.granularity import Granularity, check_granularity, whole_tree
 
 if TYPE_CHECKING:  # loaded by whoever traces a loss
     from gradnorm_jax.norms.ghost.programs import Value
@@ -80,7 +80,8 @@ def per_example_norms(
         the products of a leaf cancel by a factor of :math:`\kappa` in their squares,
         the error grows as :math:`\sqrt\kappa`, by the rule "gram" as :math:`\kappa`.
       - Parameters that are used several times, or not at all, are right.
-      - An example with a NaN has the norm NaN; those of the others stay as they were.
+      - An example with a NaN has the norm NaN; those of the others stay as they were,
+        but where XLA forms gradients of convolutions for several examples at a time.
       - Right where the squares of a norm leave float32, and the norm does not.
       - Sharded over examples, under `jit` and in `shard_map`, the norms come out
         sharded as the batch is, without any collective of their own.
@@ -103,16 +104,17 @@ def per_example_norms(
       Be Strong Differentially Private Learners <https://arxiv.org/abs/2110.05679>`_,
       2022
     """
-    compute = value_and_per_example_norms(
+    compute = _values_and_norms(
+        "per_example_norms",
         loss_fn,
+        granularity,
+        microbatch_size,
+        implementation,
         argnums=argnums,
         batch_argnums=batch_argnums,
         key_argnum=key_argnum,
         has_aux=has_aux,
         batched=batched,
-        granularity=granularity,
-        microbatch_size=microbatch_size,
-        implementation=implementation,
     )
 
     def norms_of_examples(*args: Any, **kwargs: Any) -> Any:
@@ -158,16 +160,30 @@ def value_and_per_example_norms(
       >>> print(losses, norms)
       [1. 9.] [ 2. 18.]
     """
-    caller = "per_example_norms"
-    loss = Loss.of(
+    return _values_and_norms(
+        "value_and_per_example_norms",
         loss_fn,
+        granularity,
+        microbatch_size,
+        implementation,
         argnums=argnums,
         batch_argnums=batch_argnums,
         key_argnum=key_argnum,
         has_aux=has_aux,
         batched=batched,
-        caller=caller,
     )
+
+
+def _values_and_norms(
+    caller: str,
+    loss_fn: Callable[..., Any],
+    granularity: Granularity,
+    microbatch_size: int | None,
+    implementation: str | None,
+    **arguments: Any,
+) -> Callable[..., Any]:
+    loss = Loss.of(loss_fn, caller=caller, **arguments)
+    check_granularity(granularity, caller)
     check_microbatch_size(microbatch_size, caller)
     check_implementation(implementation, IMPLEMENTATIONS, caller)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gradnorm_jax import _sharding
+from gradnorm_jax._checks import check_kind
 from gradnorm_jax._typing import Scalar, Tree
 from gradnorm_jax.norms.examples import (
     Argnums,
@@ -18,7 +19,7 @@ from gradnorm_jax.norms.examples import (
     dealt,
     gathered,
 )
-from gradnorm_jax.norms.granularity import Granularity, whole_tree
+from gradnorm_jax.norms.granularity import Granularity, check_granularity, whole_tree
 from gradnorm_jax.norms.of_examples import check_implementation
 from gradnorm_jax.shrink import Scaling, Shrink, rescale, scaling
 from gradnorm_jax.summing.ways import WAYS
@@ -173,6 +174,8 @@ def clipped_grad(
         raise ValueError(
             f"`{caller}(reduce=...)` must be one of {REDUCTIONS}, got {reduce!r}."
         )
+    check_granularity(granularity, caller)
+    check_kind(shrink, Shrink, f"{caller}(shrink=...)", "`gradnorm_jax.shrink.rescale`")
     check_microbatch_size(microbatch_size, caller)
     check_implementation(implementation, tuple(WAYS), caller)
     is_number = not callable(max_norm) and not isinstance(max_norm, Threshold)

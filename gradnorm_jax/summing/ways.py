@@ -101,6 +101,8 @@ def _two_pass(one: OneExample, layout: Layout) -> Way:
             " has one weight for each example, so only `whole_tree()` will do. Use"
             " 'one_pass' or 'vmap'."
         )
+    from gradnorm_jax.norms.ghost.formulas import wide
+
     compute = norms_by_ghost(one, layout)
 
     def measure(batch: Tree) -> tuple[Any, jax.Array, Any]:
@@ -122,14 +124,14 @@ def _two_pass(one: OneExample, layout: Layout) -> Way:
             return jnp.sum(values * weights.astype(values.dtype))
 
         grads = jax.tree.leaves(jax.grad(weighted_loss)(one.params))
-        return [jnp.where(jnp.any(added), _wide(x), 0) for x in grads]
+        return [jnp.where(jnp.any(added), wide(x), 0) for x in grads]
 
     return Way(measure, add)
 
 
 def _by_vmap(one: OneExample, layout: Layout) -> Way:
     """Forms the gradients of all examples: the truth."""
-    from gradnorm_jax.norms.ghost.totals import weighted
+    from gradnorm_jax.norms.ghost.formulas import weighted
 
     def measure(batch: Tree) -> tuple[Any, jax.Array, Any]:
         result, grads = jax.vmap(one.value_and_grad, (None, 0))(one.params, batch)
@@ -163,7 +165,3 @@ def _weights(layout: Layout, position: int, factors: Scaling) -> list[jax.Array]
 
 def _zero_unless(added: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(added.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

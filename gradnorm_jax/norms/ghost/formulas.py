@@ -25,7 +25,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 def norm(x: jax.Array, kept: tuple[int, ...] = ()) -> jax.Array:
     """Returns the norm of an array, or of each slice along some axes."""
-    x = _wide(x)
+    x = wide(x)
     summed = tuple(k for k in range(x.ndim) if k not in kept)
     unit = _unit(jnp.max(jnp.abs(x), summed, initial=0, keepdims=True))
     squares = jnp.sum(_squares(x / unit), summed)
@@ -103,11 +103,22 @@ def total(
     return terms.unfolded(_products(terms, laid, None))
 
 
-def _weighted(x: Matrices, weights: Sequence[jax.Array]) -> Matrices:
-    right = _wide(x.right)
+def weighted(x: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+    """Multiplies an array by factors of its leading axes, in float32 or wider."""
+    x = wide(x)
     for factor in weights:
-        right = right * factor.astype(right.dtype)
-    return x._replace(right=right.astype(x.right.dtype))
+        shape = (*factor.shape, *[1] * (x.ndim - factor.ndim))
+        x = x * factor.reshape(shape).astype(x.dtype)
+    return x
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Returns an array in float32, or in its own dtype where that is wider."""
+    return x.astype(np.promote_types(x.dtype, np.float32))
+
+
+def _weighted(x: Matrices, weights: Sequence[jax.Array]) -> Matrices:
+    return x._replace(right=weighted(x.right, weights).astype(x.right.dtype))
 
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:
@@ -126,7 +137,7 @@ def _products(
 def _product(terms: Sum, x: Matrices, precision: jax.lax.Precision | None) -> jax.Array:
     """Returns `[batch, rows, columns]`."""
     batch, _, rows, columns = terms.sizes
-    dtype = _wide(x.right[:0]).dtype
+    dtype = wide(x.right[:0]).dtype
     product = functools.partial(
         jnp.einsum, precision=precision, preferred_element_type=dtype
     )
@@ -188,10 +199,10 @@ def _scaled(
 
 
 def _balanced(x: Matrices) -> Matrices:
-    right = _wide(x.right)
+    right = wide(x.right)
     if x.left is None:
         return x._replace(right=right)
-    left = _wide(x.left)
+    left = wide(x.left)
     own = _unit(jnp.max(jnp.abs(left), -1, initial=0, keepdims=True))
     return Matrices(left / own, right * own, x.ids)
 
@@ -223,7 +234,3 @@ def _squares(x: jax.Array) -> jax.Array:
 def _root(x: jax.Array) -> jax.Array:
     """The square root, of which the derivative at 0 is 0."""
     return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(np.promote_types(x.dtype, np.float32))

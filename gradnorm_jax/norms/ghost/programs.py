@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ class Value:
 
 
 @dataclasses.dataclass(eq=False)
-class Op:
+class Op(abc.ABC):
     """One step of a program.
 
     Attributes:
@@ -55,21 +56,39 @@ class Op:
       params: Its parameters.
       inputs: What it takes.
       outputs: What it gives.
-      run: `(inputs, positions of outputs) -> outputs`, at least those.
       has_effects: Whether it must run though nobody asks for its outputs.
     """
 
     name: str
     params: dict[str, Any]
     inputs: list[Value]
-    outputs: list[Value]
-    run: Callable[[Sequence[Any], set[int]], Sequence[Any]]
-    has_effects: bool = False
+    outputs: list[Value] = dataclasses.field(default_factory=list, kw_only=True)
+    has_effects: bool = dataclasses.field(default=False, kw_only=True)
 
     def needs(self, positions: set[int]) -> Iterable[Value]:
         """Returns the inputs on which these outputs depend."""
         del positions
         return self.inputs
+
+    @abc.abstractmethod
+    def run(self, values: Sequence[Any], positions: set[int]) -> Sequence[Any]:
+        """Computes its outputs, at least these."""
+
+
+@dataclasses.dataclass(eq=False)
+class Call(Op):
+    """A step that is a function of arrays.
+
+    Attributes:
+      fun: What it computes, of all inputs.
+    """
+
+    fun: Callable[..., Sequence[Any]]
+
+    def run(self, values: Sequence[Any], positions: set[int]) -> Sequence[Any]:
+        """Computes all its outputs."""
+        del positions
+        return self.fun(*values)
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,7 +103,7 @@ class Program:
         """Appends a function of values, and returns what it computes."""
         aval = jax.eval_shape(fun, *(_struct(x) for x in inputs))
         of_example = any(x.of_example for x in inputs)
-        op = Op("function", {}, list(inputs), [], lambda xs, _: [fun(*xs)])
+        op = Call("function", {}, list(inputs), lambda *xs: [fun(*xs)])
         op.outputs = [Value(aval, op, of_example=of_example)]
         self.ops.append(op)
         return op.outputs[0]
@@ -157,7 +176,7 @@ def _inlined(
                 own = _behind_a_barrier(program, own)
             outputs = _inlined(program, inner.jaxpr, inner.consts, own, loop)
         else:
-            op = loop(eqn, own) if eqn.primitive.name == "scan" else _op(eqn, own)
+            op = loop(eqn, own) if eqn.primitive.name == "scan" else _call(eqn, own)
             for x in own:
                 x.uses += 1
             program.ops.append(op)
@@ -166,16 +185,10 @@ def _inlined(
     return [value(x) for x in jaxpr.outvars]
 
 
-def _op(eqn: core.JaxprEqn, inputs: list[Value]) -> Op:
-    taken, fun = versions.runner(eqn)
-    op = Op(
-        eqn.primitive.name,
-        eqn.params,
-        inputs,
-        [],
-        lambda xs, _: fun(*(xs[k] for k in taken)),
-        bool(eqn.effects),
-    )
+def _call(eqn: core.JaxprEqn, inputs: list[Value]) -> Op:
+    fun = versions.function(eqn)
+    name, effects = eqn.primitive.name, bool(eqn.effects)
+    op = Call(name, eqn.params, inputs, fun, has_effects=effects)
     of_example = any(x.of_example for x in inputs)
     op.outputs = [
         Value(x.aval, op, k, of_example=of_example) for k, x in enumerate(eqn.outvars)
@@ -184,18 +197,16 @@ def _op(eqn: core.JaxprEqn, inputs: list[Value]) -> Op:
 
 
 def _behind_a_barrier(program: Program, inputs: list[Value]) -> list[Value]:
-    op = Op(
-        "optimization_barrier",
-        {},
-        inputs,
-        [],
-        lambda xs, _: jax.lax.optimization_barrier(list(xs)),
-    )
+    op = Call("optimization_barrier", {}, inputs, _barrier)
     op.outputs = [
         Value(x.aval, op, k, of_example=x.of_example) for k, x in enumerate(inputs)
     ]
     program.ops.append(op)
     return op.outputs
+
+
+def _barrier(*values: Any) -> Sequence[Any]:
+    return jax.lax.optimization_barrier(list(values))
 
 
 def _read(known: dict[Value, Any], x: Value) -> Any:

@@ -24,7 +24,7 @@ class Scan(Op):
       loop: What it is made of.
     """
 
-    loop: versions.Loop | Any = None
+    loop: versions.Loop
 
     @functools.cached_property
     def body(self) -> Program:
@@ -75,6 +75,37 @@ class Scan(Op):
         """Returns the inputs on which these outputs depend."""
         return [self.inputs[k] for k in self._needed(positions)[0]]
 
+    def run(self, values: Sequence[Any], positions: set[int]) -> Sequence[Any]:
+        """Computes these outputs, and the carries on which they depend."""
+        loop, body = self.loop, self.body
+        used, wanted = self._needed(positions)
+        first, last = loop.num_consts, loop.num_consts + loop.num_carry
+        carry_places = [k for k in used if first <= k < last]
+        slice_places = [k for k in used if k >= last]
+        consts = {k: values[k] for k in used if k < first}
+        carries = [k - first for k in carry_places]
+        stacks = sorted(k for k in wanted if k >= loop.num_carry)
+
+        def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+            known = consts | dict(zip(carry_places, carry, strict=True))
+            known |= dict(zip(slice_places, slices, strict=True))
+            arguments = [known.get(k) for k in range(len(body.inputs))]
+            outputs = [body.outputs[k] for k in (*carries, *stacks)]
+            found = body.run(arguments, outputs)
+            return found[: len(carries)], found[len(carries) :]
+
+        carry, stacked = jax.lax.scan(
+            step,
+            [values[k] for k in carry_places],
+            [values[k] for k in slice_places],
+            length=loop.length,
+            reverse=loop.reverse,
+            unroll=loop.unroll,
+        )
+        found = dict(zip(carries, carry, strict=True))
+        found |= dict(zip(stacks, stacked, strict=True))
+        return [found.get(k) for k in range(len(self.outputs))]
+
     def _needed(self, positions: set[int]) -> tuple[list[int], set[int]]:
         """The inputs needed for some outputs, and all outputs that then are needed."""
         first, num_carry = self.loop.num_consts, self.loop.num_carry
@@ -104,46 +135,10 @@ def read(closed: core.ClosedJaxpr, of_example: Sequence[bool]) -> Program:
 
 
 def _scan(eqn: core.JaxprEqn, inputs: list[Value]) -> Scan:
-    scan = Scan("scan", eqn.params, inputs, [], _nothing, bool(eqn.effects))
-    scan.loop = versions.loop(eqn)
-    scan.run = functools.partial(_run, scan)
+    loop, effects = versions.loop(eqn), bool(eqn.effects)
+    scan = Scan("scan", eqn.params, inputs, loop, has_effects=effects)
     of_example = any(x.of_example for x in inputs)
     scan.outputs = [
         Value(x.aval, scan, k, of_example=of_example) for k, x in enumerate(eqn.outvars)
     ]
     return scan
-
-
-def _run(scan: Scan, values: Sequence[Any], positions: set[int]) -> list[Any]:
-    loop, body = scan.loop, scan.body
-    used, wanted = scan._needed(positions)
-    first, last = loop.num_consts, loop.num_consts + loop.num_carry
-    carry_places = [k for k in used if first <= k < last]
-    slice_places = [k for k in used if k >= last]
-    consts = {k: values[k] for k in used if k < first}
-    carries = [k - first for k in carry_places]
-    stacks = sorted(k for k in wanted if k >= loop.num_carry)
-
-    def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        known = consts | dict(zip(carry_places, carry, strict=True))
-        known |= dict(zip(slice_places, slices, strict=True))
-        arguments = [known.get(k) for k in range(len(body.inputs))]
-        outputs = [body.outputs[k] for k in (*carries, *stacks)]
-        found = body.run(arguments, outputs)
-        return found[: len(carries)], found[len(carries) :]
-
-    carry, stacked = jax.lax.scan(
-        step,
-        [values[k] for k in carry_places],
-        [values[k] for k in slice_places],
-        length=loop.length,
-        reverse=loop.reverse,
-        unroll=loop.unroll,
-    )
-    found = dict(zip(carries, carry, strict=True))
-    found |= dict(zip(stacks, stacked, strict=True))
-    return [found.get(k) for k in range(len(scan.outputs))]
-
-
-def _nothing(values: Sequence[Any], positions: set[int]) -> Sequence[Any]:
-    raise NotImplementedError

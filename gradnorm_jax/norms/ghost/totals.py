@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gradnorm_jax.norms.examples import in_turn, sum_in_turn
 from gradnorm_jax.norms.ghost import costs, formulas, recognition
@@ -42,8 +41,7 @@ def total_of(gradient: Value, program: Program, form: bool = False) -> LeafTotal
         return formed
     found = origin(without_moves(gradient), program)
     if found.rule == "zero":
-        shape, dtype = gradient.shape, _wide(gradient.aval.dtype)
-        return LeafTotal((), lambda arrays, weights: jnp.zeros(shape, dtype))
+        return LeafTotal((), lambda arrays, weights: _zeros(gradient))
     if found.rule == "unknown":
         steps = last_steps(gradient, program)
         if steps is None or gradient.size <= costs.SMALL:
@@ -72,7 +70,7 @@ def _sums_of(gradient: Value, program: Program) -> Sequence[Sum] | None:
 
 def _total_of_formed(arrays: Sequence[jax.Array], weights: Weights) -> jax.Array:
     [grads] = arrays
-    return jnp.sum(weighted(grads, weights), 0)
+    return jnp.sum(formulas.weighted(grads, weights), 0)
 
 
 def _total_of_sums(
@@ -83,20 +81,19 @@ def _total_of_sums(
     weights: Weights,
 ) -> jax.Array:
     known = dict(zip(values, arrays, strict=True))
-    whole = jnp.zeros((), _wide(gradient.aval.dtype))
+    whole = _zeros(gradient)
     for part in parts:
         own = formulas.total(part, [known[x] for x in part.values], weights)
         if part.window is None:
             whole = whole + own
         else:
-            whole = jnp.broadcast_to(whole, gradient.shape)
             starts = [start for start, _ in part.window]
             cut = tuple(
                 slice(start, start + n)
                 for start, n in zip(starts, own.shape, strict=True)
             )
             whole = whole.at[cut].add(own)
-    return jnp.broadcast_to(whole, gradient.shape)
+    return whole
 
 
 def _total_in_turn(
@@ -104,23 +101,11 @@ def _total_in_turn(
 ) -> jax.Array:
     def of_one(*own: jax.Array) -> jax.Array:
         [grad] = steps.run(own[len(weights) :], [gradient])
-        wide = grad.astype(_wide(grad.dtype))
-        for factor in own[: len(weights)]:
-            wide = wide * factor.astype(wide.dtype)
-        return wide
+        return formulas.weighted(grad, own[: len(weights)])
 
     batched = [*(True for _ in weights), *(x.of_example for x in steps.inputs)]
     return sum_in_turn(of_one, batched, *weights, *arrays)
 
 
-def weighted(grads: jax.Array, weights: Weights) -> jax.Array:
-    """Multiplies gradients `[B, ...]`, in float32 or wider."""
-    wide = grads.astype(_wide(grads.dtype))
-    for factor in weights:
-        shape = (*factor.shape, *[1] * (wide.ndim - factor.ndim))
-        wide = wide * factor.reshape(shape).astype(wide.dtype)
-    return wide
-
-
-def _wide(dtype: np.dtype) -> np.dtype:
-    return np.promote_types(dtype, np.float32)
+def _zeros(gradient: Value) -> jax.Array:
+    return formulas.wide(jnp.zeros(gradient.shape, gradient.aval.dtype))

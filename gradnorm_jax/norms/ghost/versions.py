@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-if (
-    TYPE_CHECKING
-):  # it is loaded by whoever traces: that takes longer than all else here
+if TYPE_CHECKING:  # slow to load, and so loaded by whoever traces
     from jax.extend import core
 
 # The parameter under which a call keeps the program that it calls.
@@ -72,8 +70,8 @@ def loop(eqn: core.JaxprEqn) -> Loop:
     )
 
 
-def runner(eqn: core.JaxprEqn) -> tuple[list[int], Callable[..., Sequence[jax.Array]]]:
-    """Returns an equation as a function, and which of its inputs the function takes."""
+def function(eqn: core.JaxprEqn) -> Callable[..., Sequence[jax.Array]]:
+    """Returns an equation as a function of its inputs."""
     from jax.extend import core
 
     taken: dict[Any, int] = {}
@@ -82,7 +80,8 @@ def runner(eqn: core.JaxprEqn) -> tuple[list[int], Callable[..., Sequence[jax.Ar
             taken.setdefault(x, position)
     names = core.DebugInfo("ghost", eqn.primitive.name, ("",) * len(taken), None)
     alone = core.Jaxpr((), list(taken), eqn.outvars, [eqn], eqn.effects, names)
-    return list(taken.values()), core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+    fun = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+    return lambda *inputs: fun(*(inputs[k] for k in taken.values()))
 
 
 def is_literal(x: Any) -> bool:
