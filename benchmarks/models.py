@@ -146,6 +146,15 @@ MODELS = {
     "cnn": cnn((32, 64, 128, 128)),
 }
 
+TINY = {
+    "gpt_scan": gpt(GPT(16, 8, 8, 2, 2)),
+    "gpt_loop": gpt(GPT(16, 8, 8, 2, 2, scan=False)),
+    "gpt_wide": gpt(GPT(16, 8, 16, 2, 2, remat=True)),
+    "gpt_long": gpt(GPT(16, 16, 8, 2, 2)),
+    "mlp": mlp((8, 16, 4)),
+    "cnn": cnn((2, 4)),
+}
+
 
 def num_params(params: Params) -> int:
     """Returns how many numbers a model has."""

@@ -1,0 +1,79 @@
+"""The clip by global norm alone: into new memory, and where the gradients lie.
+
+A clip has to read its tree twice, for the norm and for the scaling, and to write it
+once. It is charged with these three times its bytes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gradnorm_jax as gn
+from benchmarks import limits, norms, torch_peer, trees
+from benchmarks.comparing import compare, refuse_wrong, result_of
+from benchmarks.options import Options
+from benchmarks.rows import Row
+from benchmarks.timing import Arm, build
+
+DONATED = ("gpt2", "llama")
+MAX_NORM = 1.0  # far below the norms of all trees but the tiny ones
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Compares the clip with Optax's; where the gradients lie, with PyTorch's too."""
+    names = norms.QUICK_TREES if options.quick else norms.TREES
+    for name, dtype in norms.cases(options, names):
+        grads = trees.fill(options.shapes(name), dtype)
+        for donated in (False, True) if name in DONATED else (False,):
+            yield from _clip(options, name, dtype, grads, donated=donated)
+
+
+def clips() -> dict[str, Any]:
+    """Returns the two transformations that do the same."""
+    return {
+        "ours": gn.clip_by_global_norm(MAX_NORM),
+        "optax": optax.clip_by_global_norm(MAX_NORM),
+    }
+
+
+def _clip(
+    options: Options, name: str, dtype: Any, grads: Any, *, donated: bool
+) -> Iterator[Row]:
+    arms = {peer: _arm(tx, grads, donated=donated) for peer, tx in clips().items()}
+    if donated and options.torch:
+        arms[torch_peer.CLIP] = torch_peer.clips(grads)
+    if not options.tiny:
+        refuse_wrong(abs(trees.true_norm(result_of(arms["ours"])[0]) / MAX_NORM - 1))
+    what = "clip, donated" if donated else "clip"
+    yield from compare(
+        options,
+        Row("clip", what, name, jnp.dtype(dtype).name, ""),
+        arms,
+        moved=3 * trees.size(grads),
+        limits=lambda peer: limits.clip(options.device, name, dtype, peer),
+    )
+
+
+def _arm(tx: Any, grads: Any, *, donated: bool) -> Arm:
+    """A clip of the same gradients again and again; of a copy, where it uses them up.
+
+    What was clipped before is at its limit, and may be left alone at less cost.
+    """
+    state = tx.init(grads)
+
+    def update(grads: Any, state: Any) -> Any:
+        return tx.update(grads, state)
+
+    program = build(
+        jax.jit(update, donate_argnums=(0,) if donated else ()), grads, state
+    )
+
+    def copied() -> tuple[Any, ...]:
+        return (jax.block_until_ready(jax.tree.map(jnp.copy, grads)), state)
+
+    if donated:
+        return Arm(program.run, copied, program=program, repeat=False)
+    return Arm(lambda: program.run(grads, state), program=program)
