@@ -23,8 +23,8 @@ test-programs: $(STAMP)  ## per-example norms of all models and 300 random progr
 test-trackers: $(VENV)/.installed-trackers  ## TensorBoard, W&B, MLflow, trackio read back what is written to them
 	$(BIN)/python -m pytest -q -m trackers
 
-bench: $(STAMP)  ## ratios to Optax on this machine
-	$(BIN)/python -m benchmarks
+bench: $(STAMP)  ## ratios to peers on this machine; with OPTIONS="--quick --check"
+	$(BIN)/python -m benchmarks $(OPTIONS)
 
 docs: $(VENV)/.installed-docs  ## the pages in docs/_build/html
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -299,6 +301,25 @@ def test_bench_prints_the_cost_of_both_carriers(monkeypatch, capsys):
     assert "in 5 leaves" in out
     for arm in ("no record", "returned vector", "ring in the state"):
         assert re.search(rf"{arm} +\d+\.\d\d\d", out)
+
+
+def test_bench_all_hands_its_options_to_the_benchmarks_of_a_checkout(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        subprocess, "call", lambda words, env: calls.append((words, env)) or 1
+    )
+    assert cli.main(["bench", "--all", "--quick", "--only", "norm", "clip"]) == 1
+    [(words, env)] = calls
+    assert words[1:] == ["-m", "benchmarks", "--quick", "--only", "norm", "clip"]
+    root = Path(env["PYTHONPATH"].split(os.pathsep)[0])
+    assert (root / "benchmarks" / "__main__.py").exists()
+
+
+def test_bench_all_says_where_the_benchmarks_are(monkeypatch, tmp_path, capsys):
+    package = tmp_path / "gradnorm_jax" / "__init__.py"
+    monkeypatch.setattr(gradnorm_jax, "__file__", str(package))
+    assert cli.main(["bench", "--all"]) == 2
+    assert "folder `benchmarks` of the repository" in capsys.readouterr().err
 
 
 def test_doctor_finds_nothing_broken_here(capsys):

@@ -1,12 +1,16 @@
-"""The command `bench`: times what a record costs in each step, on this machine."""
+"""The command `bench`: times what a record costs in each step, on this machine.
+
+With `--all` it hands over to the benchmarks of a source checkout.
+"""
 
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import gradnorm_jax
 from gradnorm_jax import monitoring
 from gradnorm_jax.watching import measure, watch
 
@@ -29,6 +34,8 @@ Arm = Callable[[], Any]
 
 def run(options: argparse.Namespace) -> int:
     """Times a training step without a record and with each of its two carriers."""
+    if options.all is not None:
+        return _run_all(options.all)
     params, batch = _network(options.leaves)
     leaves = jax.tree.leaves(params)
     number = sum(x.size for x in leaves)
@@ -56,6 +63,22 @@ def run(options: argparse.Namespace) -> int:
             f"{'' if times is first else rest}"
         )
     return 0
+
+
+def _run_all(words: Sequence[str]) -> int:
+    """Runs the benchmarks that lie beside the package in a source checkout."""
+    root = Path(gradnorm_jax.__file__).parents[1]
+    if not (root / "pyproject.toml").exists() or not (root / "benchmarks").is_dir():
+        raise FileNotFoundError(
+            "the benchmarks are not in an installed package, but in the folder"
+            " `benchmarks` of the repository and of the source archive: run"
+            " `python -m benchmarks` there, or install it with `pip install -e .`"
+        )
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.call(
+        [sys.executable, "-m", "benchmarks", *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
 
 
 def _in_turn(arms: dict[str, Arm]) -> dict[str, list[float]]:

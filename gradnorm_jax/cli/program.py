@@ -125,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("bench", bench.run, "time what the record costs on this machine")
     one.add_argument(
+        "--all",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
+        help="run all benchmarks of a source checkout instead; what follows is handed"
+        " to them, such as --all --quick or --all --help",
+    )
+    one.add_argument(
         "--leaves",
         type=_positive(int),
         default=100,
