@@ -10,6 +10,7 @@ from benchmarks.timing import Arm, Program
 
 _WRONG = 0.02  # a norm further off is not a matter of the dtype
 _WORTH_A_NOTE = 0.01
+_STREAM = "a stream"
 
 
 def compare(
@@ -34,18 +35,14 @@ def compare(
       seconds: How long the rounds may take, if not as long as any.
     """
     row = labeled(options, row)
-    times = options.in_turn(dict(arms), seconds)
+    times, shares = _timed(options, arms, moved, seconds)
     ours, *peers = arms
     for peer in peers:
-        share = None
-        if moved is not None:
-            got = timing.compared(times[ours], times[peer])
-            share = moved / got.ours / options.bandwidth
         yield filled(
             row._replace(
                 peer=peer,
                 moved=moved,
-                share=share,
+                share=shares.get(ours),
                 note=(notes or {}).get(peer, ""),
                 limits=limits(peer),
             ),
@@ -59,19 +56,48 @@ def against_the_first(
     row: Row,
     arms: Mapping[str, Arm],
     *,
+    moved: int | None = None,
     limits: Limits,
     seconds: float,
 ) -> Iterator[Row]:
     """Times many arms of ours against the first, their peer: a row for each."""
     row = labeled(options, row)
-    times = options.in_turn(dict(arms), seconds)
+    times, shares = _timed(options, arms, moved, seconds)
     peer, *others = arms
     for what in others:
         yield filled(
-            row._replace(what=what, peer=peer, limits=limits),
+            row._replace(
+                what=what,
+                peer=peer,
+                moved=moved,
+                share=shares.get(what),
+                limits=limits,
+            ),
             (times[what], times[peer]),
             (arms[what].program, arms[peer].program),
         )
+
+
+def _timed(
+    options: Options,
+    arms: Mapping[str, Arm],
+    moved: int | None,
+    seconds: float | None,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Times arms, and says which share of the bandwidth each reached.
+
+    A stream runs in the same rounds: the bandwidth drifts as all else does.
+    """
+    if moved is None:
+        return options.in_turn(dict(arms), seconds), {}
+    stream = options.stream
+    times = options.in_turn({**arms, _STREAM: stream.arm}, seconds)
+    factor = moved / stream.moved
+    shares = {
+        name: factor * timing.compared(times[_STREAM], times[name]).ratio
+        for name in arms
+    }
+    return times, shares
 
 
 def labeled(options: Options, row: Row) -> Row:

@@ -41,7 +41,8 @@ LAYOUTS = {
         P(("d", "t")),
     ),
 }
-QUICK = ("mixed",)
+FEW = ("P('d')", "mixed")
+QUICK = FEW[1:]
 COLLECTIVES = re.compile(
     r"= (?P<shape>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(?:-start)?\("
@@ -87,7 +88,9 @@ def rows(options: Options) -> Iterator[Row]:
     )
     shapes = options.shapes("matrices")
     for layout, cycle in LAYOUTS.items():
-        if options.quick and layout not in QUICK:
+        if layout not in (
+            QUICK if options.quick else LAYOUTS if options.whole else FEW
+        ):
             continue
         specs = {name: cycle[k % len(cycle)] for k, name in enumerate(shapes)}
         grads = _fill(mesh, shapes, specs)
@@ -96,6 +99,8 @@ def rows(options: Options) -> Iterator[Row]:
             ("clip", _clips),
             ("step", _steps),
         ):
+            if what == "step" and options.quick and not options.alone:
+                continue  # steps take longest to compile
             arms = compared(mesh, specs, grads)
             yield from _measure(options, what, layout, arms)
 

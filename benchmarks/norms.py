@@ -27,18 +27,24 @@ def rows(options: Options) -> Iterator[Row]:
     for name, dtype in cases(options, QUICK_TREES if options.quick else TREES):
         grads = trees.fill(options.shapes(name), dtype)
         yield from _global(options, name, dtype, grads)
-        if name == "gpt2" and dtype in DTYPES[:2]:
+        single = dtype == jnp.float32
+        also = options.whole and dtype == jnp.bfloat16
+        if name == "gpt2" and (also or (single and not options.quick)):
             yield from _parts(options, name, dtype, grads)
-        if name in ("gpt2", "stacked") and dtype == jnp.float32:
+        if single and (name == "gpt2" or (name == "stacked" and not options.quick)):
             yield from _statistics(options, name, grads)
 
 
 def cases(options: Options, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Returns the trees and dtypes that suffice: the largest tree not in float16."""
+    """Returns the trees and dtypes that suffice: the largest tree not in float16.
+
+    A thousand leaves take long to compile, so they are not in every dtype either.
+    """
     for name in names:
-        for dtype in DTYPES[:2] if name == "llama" else DTYPES:
-            if not options.quick or dtype == jnp.float32 or name == "gpt2":
-                yield name, dtype
+        few = name == "llama" or (name == "small" and not options.whole)
+        last = 1 + (name == "gpt2") if options.quick else 2 if few else 3
+        for dtype in DTYPES[:last]:
+            yield name, dtype
 
 
 def _global(options: Options, name: str, dtype: Any, grads: Any) -> Iterator[Row]:

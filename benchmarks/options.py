@@ -27,7 +27,7 @@ class Options:
       device: The platform that everything runs on: cpu, gpu or tpu.
       quick: Whether fewer trees, dtypes and rounds will do.
       tiny: Whether trees are so small that only the program is tried, not the machine.
-      alone: Whether suites were chosen by name: they may then take longer.
+      alone: Whether suites were chosen by name.
       rounds: How many rounds each comparison has; `None` for as many as fit.
       models: The models of per-example norms, if they were chosen.
       arms: The arms of per-example norms, if they were chosen.
@@ -44,15 +44,22 @@ class Options:
     batches: tuple[int, ...] = ()
 
     @property
+    def whole(self) -> bool:
+        """Whether suites run all their cases: those asked for by name.
+
+        In a run of all suites some have to do, as it is to end within ten minutes.
+        """
+        return self.alone and not self.quick and not self.tiny
+
+    @property
     def seconds(self) -> float:
         """How long the rounds of one comparison may take, unless they are counted."""
         return _QUICK_SECONDS if self.quick else _SECONDS
 
     @functools.cached_property
-    def bandwidth(self) -> float:
-        """The bytes a second that a stream reaches on the device."""
-        entries = 2**20 if self.tiny else 85_000_000
-        return timing.streaming_bandwidth(self.device, entries=entries)
+    def stream(self) -> timing.Stream:
+        """What uses memory as fast as it can be used on the device."""
+        return timing.stream(self.device, 2**20 if self.tiny else 85_000_000)
 
     @functools.cached_property
     def torch(self) -> bool:

@@ -94,14 +94,14 @@ def rows(options: Options) -> Iterator[Row]:
     In a run of all suites a few models have to do. About as many rounds of timing are
     run as fit into the time of a model, within `ROUNDS`.
     """
-    brief = options.quick or options.tiny or not options.alone
-    one = options.tiny or (options.quick and not options.alone)
-    few = QUICK[:1] if one else QUICK
+    few = QUICK if options.alone and not options.tiny else QUICK[: 2 - options.quick]
     known = models.TINY if options.tiny else models.MODELS
-    for name in options.models or (few if brief else tuple(known)):
+    for name in options.models or (tuple(known) if options.whole else few):
         model = known[name]
         params = jax.jit(model.init)(jax.random.key(0))
-        for size in options.batches or (4 if options.tiny else 16 if brief else 64,):
+        for size in options.batches or (
+            4 if options.tiny else 64 if options.whole else 16,
+        ):
             batch = model.examples(jax.random.key(1), size)
             yield from _measure(options, name, model, params, batch, size)
 
@@ -121,8 +121,10 @@ def _measure(
     def mean_loss(params: Any, batch: Any) -> jax.Array:
         return jnp.mean(jax.vmap(model.loss_fn, (None, 0))(params, batch))
 
+    brief = options.quick and not options.alone
+    asked = [arm for arm in ARMS if not (brief and arm.endswith("vmap"))]
     funs = {PLAIN: jax.grad(mean_loss)} | {
-        arm: ARMS[arm].make(model.loss_fn) for arm in options.arms or ARMS
+        arm: ARMS[arm].make(model.loss_fn) for arm in options.arms or asked
     }
     programs = {
         arm: timing.build_cold(fun, params, batch) for arm, fun in funs.items() if fun
@@ -134,7 +136,7 @@ def _measure(
     }
     rounds = options.rounds
     if rounds is None:
-        seconds = SECONDS if options.alone and not options.quick else QUICK_SECONDS
+        seconds = SECONDS if options.whole else QUICK_SECONDS
         rounds = int(seconds / (TYPICAL * calls[PLAIN].seconds()))
         rounds = int(np.clip(rounds, *ROUNDS))
     times = timing.in_turn(

@@ -25,7 +25,7 @@ def draw(path: pathlib.Path, rows: Sequence[Row], machine: dict[str, Any]) -> No
     named = set()
     for row, place in zip(rows, places, strict=True):
         name = row.peer if row.peer in colors else "another"
-        axes.plot((row.low, row.high), (place, place), color=_of(row, colors), lw=1.6)
+        axes.plot([row.low, row.high], [place] * 2, color=_of(row, colors), lw=1.6)
         axes.plot(
             row.ratio,
             place,

@@ -21,6 +21,7 @@ from benchmarks import (
     sharded,
     skipping,
     steps,
+    timing,
     torch_peer,
     watching,
 )
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suites = given.only or list(SUITES)
     facts = machine(given, options)
     if BY_MEMORY.intersection(suites):
-        facts["bandwidth"] = options.bandwidth
+        facts["bandwidth"] = timing.bandwidth(options.stream)
     print(rows.described(facts))
     for text in _left_out(options, suites):
         print(f"left out: {text}")

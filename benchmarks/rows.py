@@ -14,9 +14,9 @@ MIB = 2**20
 GRACE = 3 * MIB  # of temporary memory: small programs hold a few buffers of any kind
 WIDTHS = {
     "what": 24,
-    "tree": 19,
+    "tree": 20,
     "dtype": 8,
-    "peer": 17,
+    "peer": 21,
     "ours ms": 9,
     "theirs ms": 9,
     "ratio": 5,

@@ -2,7 +2,8 @@
 
 A step reads the gradients twice, and reads and writes the parameters and each of the
 optimizer's moments: AdamW is charged with 8 times the bytes of the tree, SGD with
-momentum with 6. Muon multiplies matrices and is not limited by memory.
+momentum with 6, the record with none. Muon multiplies matrices and is not limited by
+memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ import optax
 import gradnorm_jax as gn
 from benchmarks import limits, trees
 from benchmarks.clips import clips
-from benchmarks.comparing import compare
-from benchmarks.options import DTYPES, Options
+from benchmarks.comparing import against_the_first
+from benchmarks.options import Options
 from benchmarks.rows import Row
 from benchmarks.training import Step
 
@@ -25,57 +26,40 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], int | None]] = {
     "Muon": (lambda: optax.contrib.muon(1e-3), None),
 }
 
+WATCHED = ("AdamW", "gpt2", jnp.float32)
+
 
 def rows(options: Options) -> Iterator[Row]:
     """Compares steps of AdamW on every dtype, of SGD and Muon in float32."""
     muon_tree = "gpt2" if options.device != "cpu" else "dense"
-    cases = [
-        *(("AdamW", "gpt2", dtype) for dtype in DTYPES),
-        ("AdamW", "small", jnp.float32),
-        ("AdamW", "stacked", jnp.float32),
-        ("SGD", "gpt2", jnp.float32),
-        ("SGD", "gpt2", jnp.bfloat16),
-        ("Muon", muon_tree, jnp.float32),
-    ]
-    quick = [
-        ("AdamW", "gpt2", jnp.float32),
-        ("SGD", "gpt2", jnp.float32),
-        ("Muon", muon_tree, jnp.float32),
-    ]
-    for optimizer, tree, dtype in quick if options.quick else cases:
+    cases: list[tuple[str, str, Any]] = [WATCHED]
+    if not options.quick:
+        cases += [
+            ("AdamW", "gpt2", jnp.bfloat16),
+            ("AdamW", "gpt2", jnp.float16),
+            ("AdamW", "stacked", jnp.float32),
+            ("SGD", "gpt2", jnp.float32),
+            ("Muon", muon_tree, jnp.float32),
+        ]
+    if options.whole:
+        cases += [("AdamW", "small", jnp.float32), ("SGD", "gpt2", jnp.bfloat16)]
+    for optimizer, tree, dtype in cases:
         yield from _clipped(options, optimizer, tree, dtype)
-    yield from _watched(options, "gpt2")
 
 
 def _clipped(options: Options, optimizer: str, tree: str, dtype: Any) -> Iterator[Row]:
+    """A clip, and a clip with a record of the step, of Optax's clip."""
     make, times = OPTIMIZERS[optimizer]
     grads = trees.fill(options.shapes(tree), dtype)
-    arms = {
-        peer: Step(optax.chain(clip, make()), grads).arm()
-        for peer, clip in clips().items()
-    }
-    yield from compare(
+    chains = {peer: optax.chain(clip, make()) for peer, clip in clips().items()}
+    steps = {"optax": chains["optax"], f"clip in {optimizer}": chains["ours"]}
+    if (optimizer, tree, dtype) == WATCHED:
+        steps[f"watch, clip in {optimizer}"] = gn.watch(chains["ours"])
+    yield from against_the_first(
         options,
-        Row("step", f"clip in {optimizer}", tree, jnp.dtype(dtype).name, ""),
-        arms,
+        Row("step", "", tree, jnp.dtype(dtype).name, ""),
+        {name: Step(tx, grads).arm() for name, tx in steps.items()},
         moved=times and times * trees.size(grads),
-        limits=lambda peer: limits.step(options.device, optimizer),
-    )
-
-
-def _watched(options: Options, tree: str) -> Iterator[Row]:
-    """A clip and a record of the step, of Optax's clip without one."""
-    grads = trees.fill(options.shapes(tree), jnp.float32)
-    chains = {
-        peer: optax.chain(clip, optax.adamw(1e-3)) for peer, clip in clips().items()
-    }
-    arms = {
-        "ours": Step(gn.watch(chains["ours"]), grads).arm(),
-        "optax": Step(chains["optax"], grads).arm(),
-    }
-    yield from compare(
-        options,
-        Row("step", "watch, clip in AdamW", tree, "float32", ""),
-        arms,
-        limits=lambda peer: limits.step(options.device, "AdamW"),
+        limits=limits.step(options.device, optimizer),
+        seconds=options.seconds,
     )

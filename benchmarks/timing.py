@@ -45,6 +45,13 @@ class Arm(NamedTuple):
     repeat: bool = True
 
 
+class Stream(NamedTuple):
+    """What uses memory as fast as it can be used, and how many bytes it moves."""
+
+    arm: Arm
+    moved: int
+
+
 class Timing(NamedTuple):
     """How long ours and theirs took, and the ratio of each pair of neighbors."""
 
@@ -74,7 +81,8 @@ def build(jitted: Any, *args: Any) -> Program:
 
 def arm(fun: Callable, *args: Any) -> Arm:
     """Returns an arm that calls a function, compiled, with these arguments."""
-    program = build(jax.jit(fun), *args)
+    # A new function: what was compiled of `fun` before would not be compiled again.
+    program = build(jax.jit(lambda *args: fun(*args)), *args)
     return Arm(lambda: program.run(*args), program=program)
 
 
@@ -119,13 +127,22 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> Timing:
     )
 
 
-def streaming_bandwidth(device: str, *, entries: int = 85_000_000) -> float:
-    """Returns the bytes a second that memory gives.
+def stream(device: str, entries: int) -> Stream:
+    """Returns what to hold the use of memory against.
 
-    On a CPU what all cores together can read; elsewhere what a copy under jit reads and
-    writes. The best of seven.
+    On a CPU all cores together read; elsewhere a copy under jit reads and writes.
     """
-    return _reading(entries) if device == "cpu" else _copying(3 * entries)
+    if device == "cpu":
+        return _reading(entries)
+    x = jnp.ones(3 * entries, jnp.float32)
+    return Stream(arm(jnp.copy, x), 2 * x.nbytes)
+
+
+def bandwidth(stream: Stream) -> float:
+    """Returns the bytes a second that a stream reaches, the best of seven."""
+    _timed(stream.arm, 1)
+    inner = _repeats(_timed(stream.arm, 1))
+    return stream.moved / min(_timed(stream.arm, inner) for _ in range(7))
 
 
 def cores() -> int:
@@ -135,23 +152,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _reading(entries: int) -> float:
-    threads = min(8, len(jax.devices()) * cores())
+def _reading(entries: int) -> Stream:
+    threads = min(8, cores())
     parts = np.array_split(np.ones(entries, np.float32), threads)
-    best = float("inf")
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for _ in range(7):
-            start = time.perf_counter()
-            list(pool.map(lambda part: part.dot(part), parts))
-            best = min(best, time.perf_counter() - start)
-    return sum(part.nbytes for part in parts) / best
-
-
-def _copying(entries: int) -> float:
-    x = jnp.ones(entries, jnp.float32)
-    copy = arm(jnp.copy, x)
-    _timed(copy, 1)
-    return 2 * x.nbytes / min(_timed(copy, 10) for _ in range(7))
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    run = lambda: list(pool.map(lambda part: part.dot(part), parts))  # noqa: E731
+    return Stream(Arm(run), sum(part.nbytes for part in parts))
 
 
 def _repeats(seconds: float) -> int:

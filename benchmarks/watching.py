@@ -28,6 +28,8 @@ def rows(options: Options) -> Iterator[Row]:
         limits=lambda peer: limits.TRAINING,
         seconds=3 * options.seconds,
     )
+    if options.quick:
+        return
     yield from compare(
         options,
         Row("watch", "watch in AdamW", "dense", "float32", ""),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import norms, program, rows, torch_peer, trees
+from benchmarks import clips, norms, program, rows, torch_peer, trees
 from benchmarks.rows import Limits, Row
 
 ROW = Row(
@@ -49,7 +49,8 @@ def without_torch(monkeypatch):
 def test_a_tiny_run_writes_the_rows_in_three_forms(
     monkeypatch, without_torch, tmp_path, capsys
 ):
-    monkeypatch.setattr(norms, "QUICK_TREES", ("small",))
+    for suite in (norms, clips):
+        monkeypatch.setattr(suite, "QUICK_TREES", ("small",))
     files = {kind: tmp_path / f"rows.{kind}" for kind in ("json", "markdown", "plot")}
     files["plot"] = tmp_path / "rows.png"
     asked = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
