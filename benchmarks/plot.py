@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.rows import Row, described
 
-COLORS = ("#2868a8", "#b8690b", "#00876c", "#8a4fa3", "#d02f3e", "#6b6b6b")
+COLORS = ("#2868a8", "#b8690b", "#00876c", "#8a4fa3", "#d02f3e", "#b39b00")
 MORE = "#9a9a9a"  # of the peers that few rows have
 ROW_HEIGHT = 0.2  # inches
 
@@ -24,7 +24,7 @@ def draw(path: pathlib.Path, rows: Sequence[Row], machine: dict[str, Any]) -> No
     axes.axvline(1, color="0.3", linewidth=1, zorder=1)
     named = set()
     for row, place in zip(rows, places, strict=True):
-        name = row.peer if row.peer in colors else "another"
+        name = row.peer if row.peer in colors else "another (see the table)"
         axes.plot([row.low, row.high], [place] * 2, color=_of(row, colors), lw=1.6)
         axes.plot(
             row.ratio,
@@ -39,8 +39,7 @@ def draw(path: pathlib.Path, rows: Sequence[Row], machine: dict[str, Any]) -> No
             axes.plot(row.limits.at_most, place, "|", color="0.2", markersize=9)
     _label(axes, rows, places, titles)
     _scale(axes, rows)
-    figure.suptitle("time of ours / time of the peer", fontsize=11)
-    figure.text(0.01, -0.02, described(machine), fontsize=6.5, color="0.35", va="top")
+    figure.text(0.01, -0.01, described(machine), fontsize=6.5, color="0.35", va="top")
     figure.legend(
         loc="outside upper center",
         ncols=min(5, max(1, len(named))),
@@ -68,20 +67,29 @@ def _places(rows: Sequence[Row]) -> tuple[list[float], dict[str, float]]:
     places: list[float] = []
     titles: dict[str, float] = {}
     at = 0.0
+    before = None
     for row in rows:
         if row.suite not in titles:
             at += 0.6 if titles else 0
             titles[row.suite] = at
             at += 1
+        at -= 0.5 if _label_of(row) == before else 0
+        before = _label_of(row)
         places.append(at)
         at += 1
     return places, titles
 
 
+def _label_of(row: Row) -> str:
+    return ", ".join(filter(None, (row.what, row.tree, row.dtype)))
+
+
 def _label(
     axes: Any, rows: Sequence[Row], places: list[float], titles: dict[str, float]
 ) -> None:
-    names = [", ".join(filter(None, (r.what, r.tree, r.dtype))) for r in rows]
+    labels = [_label_of(row) for row in rows]
+    pairs = zip(labels, ["", *labels], strict=False)
+    names = ["" if label == before else label for label, before in pairs]
     axes.set_yticks([*places], names, fontsize=7)
     axes.tick_params(axis="y", length=0)
     for suite, place in titles.items():
@@ -110,4 +118,8 @@ def _scale(axes: Any, rows: Sequence[Row]) -> None:
     shown = [x for x in ticks if low <= x <= high]
     axes.set_xticks(shown, [f"{x:g}" for x in shown], fontsize=8)
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("a bar is from the first to the third quartile; | is a limit")
+    axes.set_xlabel(
+        "time of ours / time of the peer, from the first to the third quartile;"
+        " a short stroke is a limit",
+        fontsize=8,
+    )
