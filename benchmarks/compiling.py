@@ -19,7 +19,7 @@ def rows(options: Options) -> Iterator[Row]:
     xla: dict[str, list[float]] = {"ours": [], "optax": []}
     trace: dict[str, list[float]] = {"ours": [], "optax": []}
     programs = {}
-    for _ in range(options.rounds or (2 if options.quick else 5)):
+    for _ in range(options.rounds or (1 if options.quick else 5)):
         for peer, tx in clips().items():
             state = jax.eval_shape(tx.init, shapes)
             program = programs[peer] = build_cold(tx.update, shapes, state)

@@ -99,8 +99,6 @@ def rows(options: Options) -> Iterator[Row]:
             ("clip", _clips),
             ("step", _steps),
         ):
-            if what == "step" and options.quick and not options.alone:
-                continue  # steps take longest to compile
             arms = compared(mesh, specs, grads)
             yield from _measure(options, what, layout, arms)
 

@@ -43,6 +43,7 @@ SUITES: dict[str, Suite] = {
     "import": importing.rows,
 }
 BY_MEMORY = {"norm", "clip", "step"}  # suites whose rows are shares of the bandwidth
+NOT_QUICK = {"rules", "sharded"}  # they take too long to compile
 WITH_TORCH = {"norm", "clip"}
 
 
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     options = _chosen(given, parser.error)
-    suites = given.only or list(SUITES)
+    suites = given.only or [
+        name for name in SUITES if not (options.quick and name in NOT_QUICK)
+    ]
     facts = machine(given, options)
     if BY_MEMORY.intersection(suites):
         facts["bandwidth"] = timing.bandwidth(options.stream)
@@ -89,7 +92,10 @@ def _checked(found: list[rows.Row]) -> int:
 
 
 def _left_out(options: Options, suites: Sequence[str]) -> Iterator[str]:
-    """Names the peers that are not there."""
+    """Names the suites that are not run, and the peers that are not there."""
+    if options.quick and not options.alone:
+        names = " ".join(name for name in SUITES if name in NOT_QUICK)
+        yield f"suites that take long to compile; ask for them: --only {names}"
     if WITH_TORCH.intersection(suites) and not options.torch:
         yield str(torch_peer.why_missing(options.device))
     if "examples" in suites:

@@ -151,6 +151,20 @@ def test_rows_are_written_though_a_later_suite_fails(monkeypatch, tmp_path):
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 
+def test_a_quick_run_names_the_suites_that_it_leaves_out(monkeypatch, capsys):
+    ran = []
+    suites = {
+        name: lambda options, name=name: iter(ran.append(name) or ())
+        for name in ("norm", "rules", "skip", "sharded")
+    }
+    monkeypatch.setattr(program, "SUITES", suites)
+    program.main(["--quick", "--tiny"])
+    assert ran == ["norm", "skip"]
+    assert "ask for them: --only rules sharded" in capsys.readouterr().out
+    program.main(["--quick", "--tiny", "--only", "rules"])
+    assert ran[2:] == ["rules"]
+
+
 def test_an_unknown_suite_is_refused_with_the_names_there_are(capsys):
     with pytest.raises(SystemExit) as stop:
         program.main(["--only", "nrom"])
