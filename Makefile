@@ -47,4 +47,4 @@ $(VENV)/.installed-trackers: $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .jax_cache .pytest_cache .ruff_cache .hypothesis
