@@ -1,18 +1,15 @@
 """What every test and every example of a docstring starts from."""
 
 import os
-import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Most of the time goes into compiling, and much is compiled by every process anew.
-COMPILED = {
-    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parent / ".jax_cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-for name, value in COMPILED.items():
-    os.environ.setdefault(name, value)
+# Most of the time goes into compiling, and much of it is what another process compiled.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{os.path.dirname(__file__)}/.jax_cache"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jax.numpy as jnp
