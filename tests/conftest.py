@@ -6,6 +6,8 @@ import hypothesis
 import jax
 import pytest
 
+from .shares import leave_out, one_in_so_many
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 gc.set_threshold(200_000, 50, 100)  # JAX keeps what it compiled: looking there is vain
@@ -24,3 +26,8 @@ def strict():
     """
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves cases out, unless all are asked for."""
+    leave_out(config, items, one_in_so_many())

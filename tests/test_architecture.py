@@ -12,6 +12,8 @@ import pytest
 
 import gradnorm_jax as gn
 
+from .shares import SHARES
+
 ROOT = Path(gn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 HOST = (
@@ -110,3 +112,9 @@ def test_every_module_of_the_core_names_what_it_gives():
         loaded = importlib.import_module(f"gradnorm_jax.{module}")
         assert loaded.__all__
         assert all(hasattr(loaded, name) for name in loaded.__all__)
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_each_share_that_the_gate_runs_is_of_a_test_that_there_is(name):
+    path, test = name.split("::")
+    assert f"def {test}(" in (Path(__file__).parent / path).read_text()

@@ -271,6 +271,7 @@ def test_what_is_not_installed_is_asked_for_by_name(monkeypatch):
         (lambda: limit_of(1.5), ValueError, "quantile.q=.*got 1.5"),
         (lambda: limit_of(z=-1.0), ValueError, "noise_multiplier=.*got -1.0"),
         (lambda: limit_of(size=10), ValueError, "below twice .*got 1.0 and 0.5"),
+        (lambda: limit_of(z=jnp.float32(1), size=10), ValueError, "below twice .*got"),
         (lambda: limit_of(count_stddev=-1.0), ValueError, "count_stddev=.*got -1.0"),
         (lambda: limit_of(rate=-1.0), ValueError, "rate=.*got -1.0"),
         (lambda: limit_of(start=0.0), ValueError, "start=.*got 0.0"),

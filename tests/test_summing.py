@@ -12,6 +12,7 @@ import pytest
 import gradnorm_jax as gn
 from gradnorm_jax import shrink, thresholds
 
+from .ghost.agreement import taking
 from .ghost.oracle import QUICKLY, widened
 
 B = 7
@@ -47,12 +48,20 @@ def conv(params, example):
     return example["size"] * jnp.sum(jnp.square(h @ params["v"]))
 
 
-# A loss, its parameters, one input, and the group of each parameter, if it has one.
+def constant(params, example):
+    """Has gradients that are the same for all, and one divided by inputs."""
+    x = example["x"]
+    h = jnp.tanh(x @ (params["w"] / x[0][:, None]))
+    return example["size"] * jnp.sum(h) + params["b"][1] + jnp.sum(params["c"] ** 2)
+
+
+# A loss, its parameters, one input, and the group of each parameter.
 MODELS = {
-    "dense": (dense, {"b": (5,), "v": (5, 2), "w": (4, 5)}, (3, 4), (None, "y", "x")),
+    "dense": (dense, {"b": (5,), "v": (5, 2), "w": (4, 5)}, (3, 4), "xyx"),
     "tied": (tied, {"table": (6, 4), "w": (4, 4)}, (5,), ("x", "x")),
     "scan": (scan, {"b": (3, 4), "v": (4, 2), "w": (3, 4, 4)}, (2, 4), "xyx"),
     "conv": (conv, {"b": (3,), "v": (3, 2), "w": (3, 2, 2, 3)}, (5, 4, 2), "xxy"),
+    "constant": (constant, {"b": (3,), "c": (B,), "w": (4, 5)}, (3, 4), "xyx"),
 }
 
 
@@ -88,7 +97,7 @@ def belongs(name, kind):
     """Which leaf enters and is scaled by which part, as ones in a matrix."""
     _, leaves, _, groups = MODELS[name]
     labels = {"whole_tree": [0] * len(leaves), "per_leaf": leaves, "per_group": groups}
-    parts = [x for x in dict.fromkeys(labels[kind]) if x is not None]
+    parts = list(dict.fromkeys(labels[kind]))
     return np.array([[float(own == part) for part in parts] for own in labels[kind]])
 
 
@@ -100,8 +109,7 @@ def norms_by_hand(name, kind="whole_tree"):
 
 def sum_by_hand(name, scales, kind="whole_tree", added=range(B)):
     """Multiplies the gradient of each example part by part, and adds it."""
-    own = belongs(name, kind)
-    factors = scales @ own.T + (1 - np.sum(own, axis=1))
+    factors = scales @ belongs(name, kind).T
     total = {leaf: np.zeros(x.shape[1:]) for leaf, x in truth(name)[1].items()}
     for i in added:
         for k, (leaf, x) in enumerate(truth(name)[1].items()):
@@ -110,7 +118,14 @@ def sum_by_hand(name, scales, kind="whole_tree", added=range(B)):
 
 
 @functools.cache
-def clipped(name, kind="whole_tree", way="one_pass", microbatch_size=None, **how):
+def clipped(
+    name,
+    kind="whole_tree",
+    way="one_pass",
+    microbatch_size=None,
+    rule="by shape",
+    **how,
+):
     """Returns a compiled function of parameters, batch, limit and mask."""
     loss_fn, leaves, _, groups = MODELS[name]
     labels = [dict(zip(leaves, groups, strict=True)).get] * (kind == "per_group")
@@ -118,7 +133,9 @@ def clipped(name, kind="whole_tree", way="one_pass", microbatch_size=None, **how
     how |= {"microbatch_size": microbatch_size}
 
     def run(params, batch, limit, mask=EVERYONE):
-        return gn.clipped_grad(loss_fn, limit, **how)(params, batch, example_mask=mask)
+        with taking(rule):
+            compute = gn.clipped_grad(loss_fn, limit, **how)
+            return compute(params, batch, example_mask=mask)
 
     return jit(run)
 
@@ -131,21 +148,26 @@ def close(ours, theirs, rtol=1e-5):
 each_way = pytest.mark.parametrize("way", WAYS)
 IN_PARTS = [("per_leaf", "one_pass"), ("per_group", "one_pass")]
 CASES = [
-    (name, kind, way, size)
-    for name, formed in zip(MODELS, ["per_leaf", "per_group"] * 2, strict=True)
+    (name, kind, way, size, "by shape")
+    for name, formed in zip(MODELS, ["per_leaf", "per_group"] * 3, strict=False)
     for size in (None, 3)
     for kind, way in [
         *(("whole_tree", way) for way in WAYS),
         *IN_PARTS,
         (formed, WAYS[2]),
     ]
-    if size is None or name == "scan" or (kind, way) == ("whole_tree", "one_pass")
+    if size is None or (kind, way) == ("whole_tree", "one_pass")
+]
+CASES += [
+    (name, "whole_tree", "one_pass", None, rule)
+    for name in MODELS
+    for rule in ("gram", "product in turn")
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "way", "microbatch_size"), CASES)
-def test_a_clipped_sum_is_that_of_a_loop(name, kind, way, microbatch_size):
-    run = clipped(name, kind, way, microbatch_size)
+@pytest.mark.parametrize(("name", "kind", "way", "microbatch_size", "rule"), CASES)
+def test_a_clipped_sum_is_that_of_a_loop(name, kind, way, microbatch_size, rule):
+    run = clipped(name, kind, way, microbatch_size, rule)
     (params, batch), norms = drawn(name), norms_by_hand(name, kind)
     limits = np.float32(1.01 * np.median(norms, axis=0))
     scales = np.minimum(1, limits / norms)
@@ -386,6 +408,9 @@ BY_LEAF = {"implementation": "two_pass", "granularity": gn.per_leaf()}
         ({"reduce": "max"}, ValueError, "reduce=.*'sum', 'mean'.*got 'max'"),
         ({"microbatch_size": 0}, ValueError, "microbatch_size=.*at least 1, got 0"),
         ({"granularity": "leaf"}, TypeError, r"granularity=.*whole_tree.*got 'leaf'"),
+        ({"shrink": shrink.spikes}, ValueError, r"shrink=spikes.*single entries"),
+        ({"has_aux": True}, ValueError, r"one number.*and `aux`, got no pair"),
+        ({"argnums": ()}, ValueError, r"argnums=\(\), batch_argnums=1.*at least one"),
         ({"shrink": 0.5}, TypeError, r"clipped_grad\(shrink=.*a Shrink.*got 0.5"),
         ({"argnums": 1}, ValueError, r"argnums=1, batch_argnums=1.*different"),
         ({"batch_argnums": 2}, TypeError, "at least 3 arguments by position, got 2"),
@@ -399,3 +424,16 @@ BY_LEAF = {"implementation": "two_pass", "granularity": gn.per_leaf()}
 def test_what_cannot_be_is_refused_by_name(how, error, message):
     with pytest.raises(error, match=message):
         jax.eval_shape(functools.partial(call, **how))
+
+
+@pytest.mark.parametrize(
+    "granularity",
+    [
+        gn.per_group({"w": "x"}),
+        gn.per_group({"w": "x", "b": "x"}, scaled={"w": "x"}),
+    ],
+)
+def test_a_gradient_without_a_bound_of_its_own_is_refused(granularity):
+    compute = gn.clipped_grad(lambda params, x: 0.0, 1.0, granularity=granularity)
+    with pytest.raises(ValueError, match=r"granularity=.*'b' would be added without a"):
+        compute.init({"b": jnp.ones(3), "w": jnp.ones(2)})

@@ -11,6 +11,7 @@ from jax.custom_batching import custom_vmap
 
 from gradnorm_jax import _sharding
 from gradnorm_jax._checks import check_steps
+from gradnorm_jax._trees import flatten
 from gradnorm_jax._typing import Tree
 
 Argnums = int | tuple[int, ...]
@@ -62,10 +63,11 @@ class Loss:
         )
         keys = () if key_argnum is None else (key_argnum,)
         named = [*chosen, *batch, *keys]
-        if len(set(named)) < len(named) or min(named) < 0 or not (chosen and batch):
+        counted = all(isinstance(k, int) and k >= 0 for k in named)
+        if not (counted and chosen and batch) or len(set(named)) < len(named):
             raise ValueError(
-                f"`{caller}(argnums={argnums}, batch_argnums={batch_argnums},"
-                f" key_argnum={key_argnum})` must name different positions from 0 on,"
+                f"`{caller}(argnums={argnums!r}, batch_argnums={batch_argnums!r},"
+                f" key_argnum={key_argnum!r})` must name different positions from 0 on,"
                 " at least one of parameters and one of examples."
             )
         own = argnums if isinstance(argnums, int) else chosen
@@ -123,11 +125,16 @@ class Loss:
         return sizes.pop()
 
     def _check(self, loss: Callable[..., Any], params: Tree, batch: Tree) -> None:
+        flatten(params, f"{self.caller}(argnums={self.argnums})")
         example = jax.tree.map(first, batch)
         result = jax.eval_shape(loss, params, example)
-        value = result[0] if self.has_aux else result
-        if jnp.shape(value) != ():
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        value = result[0] if self.has_aux and is_pair else result
+        is_number = isinstance(value, jax.ShapeDtypeStruct) and value.shape == ()
+        if not is_number or (self.has_aux and not is_pair):
             wrong = getattr(value, "shape", value)
+            if self.has_aux and not is_pair:
+                wrong = "no pair"
             raise ValueError(
                 f"`{self.caller}(loss_fn)` must return one number for one example"
                 f"{', and `aux`' if self.has_aux else ''}, got {wrong}. A loss of a"
@@ -170,17 +177,36 @@ def check_microbatch_size(microbatch_size: int | None, caller: str) -> None:
 
 
 def in_microbatches(
-    fun: Callable[[Tree], Tree], batch: Tree, size: int, microbatch_size: int | None
-) -> Tree:
-    """Returns `fun(batch)`, computed a number of examples at a time.
+    fun: Callable[[Tree, jax.Array], tuple[Tree, Tree]],
+    batch: Tree,
+    size: int,
+    microbatch_size: int | None,
+) -> tuple[Tree, Tree]:
+    """Computes sums over examples, and what each example has, some at a time.
 
     A microbatch takes its examples at even distances, so that on a mesh it has as many
-    of each device as any other.
+    of each device as any other. The last ones may be there twice to fill it.
+
+    Args:
+      fun: `(examples, which of them count) -> (sums, what each has)`.
+      batch: All examples.
+      size: How many there are.
+      microbatch_size: How many are computed at a time; `None` for all.
     """
     if microbatch_size is None or microbatch_size >= size:
-        return fun(batch)
-    chunks, _ = dealt(batch, size, math.ceil(size / microbatch_size))
-    return gathered(jax.lax.map(fun, chunks), size)
+        return fun(batch, jnp.ones(size, bool))
+    rounds = math.ceil(size / microbatch_size)
+    chunks = dealt(batch, size, rounds)
+    sums, _ = jax.eval_shape(fun, *jax.tree.map(lambda x: x[0], chunks))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+
+    def step(totals: Tree, own: tuple) -> tuple[Tree, Tree]:
+        sums, each = fun(*own)
+        return jax.tree.map(jnp.add, totals, sums), each
+
+    start = _sharding.varying_like(zeros, batch)
+    totals, each = jax.lax.scan(step, start, chunks)
+    return totals, gathered(each, size)
 
 
 def dealt(batch: Tree, size: int, rounds: int) -> tuple[Tree, jax.Array]:
@@ -275,11 +301,13 @@ def _dealt(x: jax.Array, rounds: int) -> jax.Array:
     missing = -x.shape[0] % rounds
     if missing:
         x = jnp.concatenate([x, x[-missing:]])
-    return jnp.swapaxes(x.reshape(-1, rounds, *x.shape[1:]), 0, 1)
+    at_a_time = len(x) // rounds
+    return jnp.swapaxes(x.reshape(at_a_time, rounds, *x.shape[1:]), 0, 1)
 
 
 def _gathered(x: jax.Array, size: int) -> jax.Array:
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:size]
+    count = x.shape[0] * x.shape[1]
+    return jnp.swapaxes(x, 0, 1).reshape(count, *x.shape[2:])[:size]
 
 
 def _batch_of_one(example: Tree) -> Tree:

@@ -192,7 +192,9 @@ def _values_and_norms(
         layout = granularity.layout(one.params, measured=False)
         way = norms_by_vmap if implementation == "vmap" else norms_by_ghost
         compute = way(one, layout)
-        values, pieces = in_microbatches(compute, one.batch, one.size, microbatch_size)
+        _, (values, pieces) = in_microbatches(
+            lambda batch, _: ((), compute(batch)), one.batch, one.size, microbatch_size
+        )
         return values, together(layout, pieces, one.size)
 
     def values_and_norms(*args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gradnorm_jax._checks import check_between
 from gradnorm_jax._typing import Scalar
@@ -194,7 +195,7 @@ def _check(
     check_between(
         start, *_RANGE, "private_quantile(start=...)", "0.1 is that of the paper."
     )
-    known = isinstance(noise_multiplier, Real) and isinstance(count_stddev, Real)
+    known = not any(isinstance(x, Tracer) for x in (noise_multiplier, count_stddev))
     if known and 0 < noise_multiplier >= 2 * count_stddev:
         raise ValueError(
             "`private_quantile(noise_multiplier=...)` must be below twice"

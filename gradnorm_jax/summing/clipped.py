@@ -1,7 +1,6 @@
 """Sums of per-example gradients, each bounded by its own norm before it is added."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,13 +10,13 @@ import optax
 
 from gradnorm_jax import _sharding
 from gradnorm_jax._checks import check_kind
+from gradnorm_jax._layout import Layout
 from gradnorm_jax._typing import Scalar, Tree
 from gradnorm_jax.norms.examples import (
     Argnums,
     Loss,
     check_microbatch_size,
-    dealt,
-    gathered,
+    in_microbatches,
 )
 from gradnorm_jax.norms.granularity import Granularity, check_granularity, whole_tree
 from gradnorm_jax.norms.of_examples import check_implementation
@@ -120,6 +119,8 @@ def clipped_grad(
         `max_norm` with ``rescale`` and ``whole_tree()``, up to the error of a norm,
         5e-6 in float32. Replacing one changes it by at most twice that.
       - An example whose norm is not finite adds nothing, and is counted.
+      - In bfloat16 activations and their gradients are rounded once more after they are
+        scaled, to 8 bits, and a bound may be missed by as much.
       - On a mesh nothing is reduced over devices but the sums of gradients and of
         counts, but for "two_pass", which also fetches an example in place of others.
         Inside `shard_map` both are those of the examples of one device.
@@ -137,7 +138,7 @@ def clipped_grad(
     Raises:
       ValueError: If `max_norm` is negative, or a rule that learns from one norm a step;
         if `implementation` or `reduce` is none. When called: without a `clip_state`
-        that is needed, or with a mask of another shape.
+        that is needed, with a mask of another shape, or where a leaf is in no group.
       TypeError: When called: if a parameter is of an integer dtype.
 
     Example:
@@ -176,6 +177,11 @@ def clipped_grad(
         )
     check_granularity(granularity, caller)
     check_kind(shrink, Shrink, f"{caller}(shrink=...)", "`gradnorm_jax.shrink.rescale`")
+    if shrink.spikes_only:
+        raise ValueError(
+            f"`{caller}(shrink={shrink})` scales single entries by the largest, and"
+            " here gradients have Euclidean norms. Use `gradnorm_jax.shrink.rescale`."
+        )
     check_microbatch_size(microbatch_size, caller)
     check_implementation(implementation, tuple(WAYS), caller)
     is_number = not callable(max_norm) and not isinstance(max_norm, Threshold)
@@ -206,7 +212,7 @@ class ClippedGrad:
 
     def init(self, params: Tree) -> SumState:
         """Returns the state of the threshold before the first batch."""
-        layout = self.granularity.layout(params, measured=False)
+        layout = self._layout(params)
         zeros = jnp.zeros(layout.part_shape, jnp.float32)
         return SumState(jnp.zeros((), jnp.int32), self.rule.init(zeros))
 
@@ -240,7 +246,7 @@ class ClippedGrad:
         clip_state: SumState | None,
     ) -> ClippedGrads:
         one = self.loss.one(args, kwargs)
-        layout = self.granularity.layout(one.params, measured=False)
+        layout = self._layout(one.params)
         state = self._state(clip_state, one.params)
         present = self._present(example_mask, one.size)
         context = Context(state.step)
@@ -252,27 +258,28 @@ class ClippedGrad:
 
         way = WAYS[self.implementation](one, layout)
 
-        def of_microbatch(batch: Tree, present: jax.Array) -> tuple[list, Any]:
+        def of_some(
+            examples: tuple[Tree, jax.Array], counts: jax.Array
+        ) -> tuple[list, tuple]:
+            batch, present = examples
             result, norms, rest = way.measure(batch)
             factors, limits = jax.vmap(limited)(norms)
-            added = present & _over_parts(jnp.all, jnp.isfinite(norms))
+            added = counts & present & _over_parts(jnp.all, jnp.isfinite(norms))
             leaves = way.add(batch, rest, factors, added)
-            return leaves, (result, norms, factors.keep, factors.scales, limits)
+            return leaves, (result, norms, factors.scales, limits)
 
-        leaves, found = _over_microbatches(
-            of_microbatch,
-            one.batch,
-            present,
+        leaves, (result, norms, scales, limits) = in_microbatches(
+            of_some,
+            (one.batch, present),
             one.size,
             self.microbatch_size or way.microbatch_size,
         )
-        result, norms, keep, scales, limits = found
         sound = _over_parts(jnp.all, jnp.isfinite(norms))
         added = sound & present
         if self.reduce == "mean":
             total = jnp.maximum(jnp.sum(present), 1)
             leaves = [x / total.astype(x.dtype) for x in leaves]
-        smaller = added & _over_parts(jnp.any, ~keep)
+        smaller = added & _over_parts(jnp.any, scales < 1)
         in_parts = added.reshape(-1, *[1] * (norms.ndim - 1))
         return ClippedGrads(
             grads=jax.tree.unflatten(jax.tree.structure(one.params), leaves),
@@ -284,6 +291,20 @@ class ClippedGrad:
             num_dropped=jnp.sum(present & ~sound, dtype=jnp.int32),
             clip_state=self._after(state, norms <= limits, in_parts, context),
         )
+
+    def _layout(self, params: Tree) -> Layout:
+        layout = self.granularity.layout(params, measured=False)
+        if layout.fold == "groups":
+            pairs = zip(layout.names, layout.measured, layout.scaled, strict=True)
+            free = [name for name, own, scale in pairs if own < 0 or own != scale]
+            if free:
+                raise ValueError(
+                    f"`clipped_grad(granularity={self.granularity})`: the gradient of"
+                    f" {free[0]!r} would be added without a bound, as it is not both"
+                    " measured and scaled in one group. Give it one; a limit of"
+                    " `jnp.inf` in `max_norm` leaves a group as it is."
+                )
+        return layout
 
     def _state(self, clip_state: SumState | None, params: Tree) -> SumState:
         if clip_state is not None:
@@ -326,33 +347,6 @@ class ClippedGrad:
                 lambda old, new: jnp.where(among == 0, old, new), memory, taught
             )
         return SumState(jnp.asarray(optax.safe_increment(state.step)), memory)
-
-
-def _over_microbatches(
-    fun: Callable[[Tree, jax.Array], tuple[list, Any]],
-    batch: Tree,
-    present: jax.Array,
-    size: int,
-    microbatch_size: int | None,
-) -> tuple[list[jax.Array], Any]:
-    """Adds up leaves over microbatches, and lays what each example has end to end."""
-    if microbatch_size is None or microbatch_size >= size:
-        return fun(batch, present)
-    (chunks, masks), real = dealt(
-        (batch, present), size, math.ceil(size / microbatch_size)
-    )
-    masks = masks & real
-    first = jax.tree.map(lambda x: x[0], (chunks, masks))
-    shapes, _ = jax.eval_shape(fun, *first)
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
-    zeros = _sharding.varying_like(zeros, batch)
-
-    def step(totals: list[jax.Array], one: tuple) -> tuple[list[jax.Array], Any]:
-        leaves, found = fun(*one)
-        return list(map(jnp.add, totals, leaves)), found
-
-    totals, found = jax.lax.scan(step, zeros, (chunks, masks))
-    return totals, gathered(found, size)
 
 
 def _over_parts(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:

@@ -64,11 +64,12 @@ def _one_pass(one: OneExample, layout: Layout) -> Way:
     def add(batch: Tree, found: Any, factors: Scaling, added: jax.Array) -> list:
         del batch
 
-        def total(arrays: list[jax.Array], factors: Scaling, _: jax.Array) -> list:
+        def total(arrays: list[jax.Array], factors: Scaling, added: jax.Array) -> list:
             known = dict(zip(values, arrays, strict=True))
             return [
                 leaf.combine(
-                    [known[x] for x in leaf.values], _weights(layout, i, factors)
+                    [known[x] for x in leaf.values],
+                    [*_weights(layout, i, factors), added],
                 )
                 for i, leaf in enumerate(totals)
             ]
@@ -81,7 +82,8 @@ def _one_pass(one: OneExample, layout: Layout) -> Way:
                 for value, x in zip(values, arrays, strict=True)
             ]
             factors = jax.tree.map(lambda x: _zero_unless(added, x), factors)
-            return total(own, factors, added)
+            found = total(own, factors, added)
+            return [_zero_unless(jnp.any(added), x) for x in found]
 
         some_are_not = ~jnp.all(added)
         return kernels.seldom(
@@ -89,7 +91,7 @@ def _one_pass(one: OneExample, layout: Layout) -> Way:
         )
 
     held = sum(x.size for x in values if x.of_example)
-    room = _SUMS_HELD * sum(x.size for x in backward.params)
+    room = _SUMS_HELD * sum(x.size for x in backward.gradient)
     return Way(measure, add, max(_FEW_EXAMPLES, room // max(held, 1)))
 
 
@@ -101,7 +103,8 @@ def _two_pass(one: OneExample, layout: Layout) -> Way:
             " has one weight for each example, so only `whole_tree()` will do. Use"
             " 'one_pass' or 'vmap'."
         )
-    from gradnorm_jax.norms.ghost.formulas import wide
+    from gradnorm_jax.norms.ghost.formulas import weighted
+    from gradnorm_jax.norms.ghost.sums import wide
 
     compute = norms_by_ghost(one, layout)
 
@@ -114,6 +117,9 @@ def _two_pass(one: OneExample, layout: Layout) -> Way:
         del found
         weights = functools.reduce(jnp.multiply, _weights(layout, 0, factors))
         weights = jax.lax.stop_gradient(jnp.where(added, weights, 0))
+        # Small losses would be lost in 16 bits: the largest weight is 1 there.
+        unit = jnp.max(weights)
+        weights = weights / jnp.where(unit > 0, unit, 1)
         # A NaN stays one though its weight is 0: another example takes its place.
         source = jnp.where(added, jnp.arange(len(added)), jnp.argmax(added))
         batch = jax.tree.map(lambda x: x[source], batch)
@@ -121,10 +127,11 @@ def _two_pass(one: OneExample, layout: Layout) -> Way:
         def weighted_loss(params: Tree) -> jax.Array:
             result = jax.vmap(one.loss, (None, 0))(params, batch)
             values = result[0] if one.has_aux else result
-            return jnp.sum(values * weights.astype(values.dtype))
+            return jnp.sum(wide(values) * weights.astype(wide(values).dtype))
 
         grads = jax.tree.leaves(jax.grad(weighted_loss)(one.params))
-        return [jnp.where(jnp.any(added), wide(x), 0) for x in grads]
+        some_are = jnp.any(added)
+        return [_zero_unless(some_are, weighted(x, [unit])) for x in grads]
 
     return Way(measure, add)
 
@@ -143,9 +150,7 @@ def _by_vmap(one: OneExample, layout: Layout) -> Way:
     def add(batch: Tree, leaves: Any, factors: Scaling, added: jax.Array) -> list:
         del batch
         return [
-            jnp.sum(
-                _zero_unless(added, weighted(x, _weights(layout, i, factors))), axis=0
-            )
+            jnp.sum(weighted(x, [*_weights(layout, i, factors), added]), axis=0)
             for i, x in enumerate(leaves)
         ]
 
@@ -156,12 +161,11 @@ WAYS = {"one_pass": _one_pass, "two_pass": _two_pass, "vmap": _by_vmap}
 
 
 def _weights(layout: Layout, position: int, factors: Scaling) -> list[jax.Array]:
-    """The factors of each example for one leaf; none for a leaf that is not scaled."""
-    if not layout.scales(position):
-        return []
+    """The factors of each example for one leaf."""
     both = (jnp.where(factors.keep, 1, x) for x in (factors.coarse, factors.fine))
     return [jax.vmap(lambda parts: layout.spread(parts, position))(x) for x in both]
 
 
 def _zero_unless(added: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(added.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+    added = added.reshape(*added.shape, *[1] * (x.ndim - added.ndim))
+    return jnp.where(added, x, jnp.zeros((), x.dtype))

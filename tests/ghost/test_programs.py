@@ -5,7 +5,7 @@ import pytest
 
 from .agreement import WAYS, assert_alone, assert_right, forget, measured
 from .oracle import in_float64
-from .programs import KINDS, SEEDS, SHARE, program
+from .programs import IN_THE_GATE, KINDS, SEEDS, program
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -19,6 +19,6 @@ def test_values_and_norms_of_a_random_program_are_right(seed):
 
 
 def test_the_share_that_the_gate_runs_has_layers_of_every_kind():
-    share = range(0, SEEDS, SHARE)
-    assert {kind for seed in share for kind in program(seed).kinds} == set(KINDS)
-    assert {seed % len(WAYS) for seed in share} == set(range(len(WAYS)))
+    kinds = {kind for seed in IN_THE_GATE for kind in program(seed).kinds}
+    assert kinds == set(KINDS)
+    assert {seed % len(WAYS) for seed in IN_THE_GATE} == set(range(len(WAYS)))

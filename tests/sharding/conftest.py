@@ -1,13 +1,13 @@
 """What the tests of sharding share: meshes of every kind and every shape.
 
 There are too many to run all at each change. The gate runs of each test its first case.
-With `GRADNORM_EVERY_MESH=1`, as in `make test-meshes`, all are run.
 """
 
 import os
 
 import pytest
 
+from ..shares import leave_out
 from . import meshes
 
 
@@ -47,15 +47,12 @@ def wide_mesh(request):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves cases out, unless all are asked for."""
-    if os.environ.get("GRADNORM_EVERY_MESH") or any("::" in x for x in config.args):
-        return
-    here = os.path.dirname(__file__)
-    seen, kept, left_out = set(), [], []
-    for item in items:
+    here, seen = os.path.dirname(__file__), set()
+
+    def is_chosen(item):
         test = item.nodeid.split("[")[0]
-        ours = str(item.path).startswith(here)
-        chosen = test not in seen
-        (kept if chosen or not ours else left_out).append(item)
+        is_first = test not in seen
         seen.add(test)
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+        return is_first or not str(item.path).startswith(here)
+
+    leave_out(config, items, is_chosen)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradnorm_jax.norms.ghost.programs import Value
-from gradnorm_jax.norms.ghost.terms import Axis, Dim, Factor, Term
+from gradnorm_jax.norms.ghost.terms import Dim, Factor, Term, dim_of
 
 
 def term(
@@ -24,13 +24,13 @@ def term(
     out_feature, in_feature, *taps = names.rhs_spec
     groups, batch_groups = params["feature_group_count"], params["batch_group_count"]
 
-    group = (Axis(groups),) if groups > 1 else ()
-    batch_group = (Axis(batch_groups),) if batch_groups > 1 else ()
-    rows = _axis(lhs.shape[batch] // batch_groups)
-    channels = _axis(lhs.shape[feature] // groups)
-    columns = _axis(rhs.shape[out_feature] // (groups * batch_groups))
-    windows = [_axis(shape[k]) for k in names.out_spec[2:]]
-    inside = [_axis(rhs.shape[k]) for k in taps]
+    group = dim_of(groups)
+    batch_group = dim_of(batch_groups)
+    rows = dim_of(lhs.shape[batch] // batch_groups)
+    channels = dim_of(lhs.shape[feature] // groups)
+    columns = dim_of(rhs.shape[out_feature] // (groups * batch_groups))
+    windows = [dim_of(shape[k]) for k in names.out_spec[2:]]
+    inside = [dim_of(rhs.shape[k]) for k in taps]
 
     left: dict[int, Dim] = {batch: (*batch_group, *rows), feature: (*group, *channels)}
     for k, place in enumerate(places):
@@ -87,10 +87,6 @@ def _through_windows(
         ]
         x = jnp.concatenate(cut, place)
     return x
-
-
-def _axis(size: int) -> Dim:
-    return (Axis(size),) if size != 1 else ()
 
 
 def _in_order(dims: dict[int, Dim]) -> tuple[Dim, ...]:

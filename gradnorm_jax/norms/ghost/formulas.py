@@ -18,7 +18,7 @@ import numpy as np
 
 from gradnorm_jax.norms.examples import in_turn, sum_in_turn
 from gradnorm_jax.norms.ghost import costs
-from gradnorm_jax.norms.ghost.sums import Matrices, Sum
+from gradnorm_jax.norms.ghost.sums import Matrices, Sum, wide
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -77,7 +77,7 @@ def total(
     Args:
       terms: The sum of one example.
       arrays: What its values are; `[B, ...]` of those that differ between examples.
-      weights: Factors of each example, `[B]`.
+      weights: Factors of each example, `[B]`, as in `weighted`; at least one.
     """
     batched = [*(True for _ in weights), *(x.of_example for x in terms.values)]
 
@@ -104,21 +104,26 @@ def total(
 
 
 def weighted(x: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
-    """Multiplies an array by factors of its leading axes, in float32 or wider."""
+    """Multiplies an array by factors of its leading axes, in float32 or wider.
+
+    One of booleans says what is kept: the rest is 0, whatever it was.
+    """
     x = wide(x)
     for factor in weights:
-        shape = (*factor.shape, *[1] * (x.ndim - factor.ndim))
-        x = x * factor.reshape(shape).astype(x.dtype)
+        factor = factor.reshape(*factor.shape, *[1] * (x.ndim - factor.ndim))
+        if factor.dtype == bool:
+            x = jnp.where(factor, x, jnp.zeros((), x.dtype))
+        else:
+            x = x * factor.astype(x.dtype)
     return x
 
 
-def wide(x: jax.Array) -> jax.Array:
-    """Returns an array in float32, or in its own dtype where that is wider."""
-    return x.astype(np.promote_types(x.dtype, np.float32))
-
-
 def _weighted(x: Matrices, weights: Sequence[jax.Array]) -> Matrices:
-    return x._replace(right=weighted(x.right, weights).astype(x.right.dtype))
+    """Multiplies the right factor, one of float16 in float32: it could come out 0."""
+    right = weighted(x.right, weights)
+    if x.right.dtype != np.float16:
+        right = right.astype(x.right.dtype)
+    return x._replace(right=right)
 
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:
@@ -138,9 +143,17 @@ def _product(terms: Sum, x: Matrices, precision: jax.lax.Precision | None) -> ja
     """Returns `[batch, rows, columns]`."""
     batch, _, rows, columns = terms.sizes
     dtype = wide(x.right[:0]).dtype
-    product = functools.partial(
-        jnp.einsum, precision=precision, preferred_element_type=dtype
-    )
+
+    def product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        both = np.promote_types(a.dtype, b.dtype)
+        return jnp.einsum(
+            formula,
+            a.astype(both),
+            b.astype(both),
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+
     if x.ids is None:
         assert x.left is not None
         if batch == 1:

@@ -12,7 +12,7 @@ from gradnorm_jax.norms.examples import in_turn
 from gradnorm_jax.norms.ghost import costs, formulas, recognition
 from gradnorm_jax.norms.ghost.costs import SMALL, Cost
 from gradnorm_jax.norms.ghost.programs import Program, Value, is_zero
-from gradnorm_jax.norms.ghost.recognition import NotUnderstood
+from gradnorm_jax.norms.ghost.recognition import NotUnderstood, puts_zeros_around
 from gradnorm_jax.norms.ghost.scans import Scan
 from gradnorm_jax.norms.ghost.sums import Sum, sums
 
@@ -83,8 +83,12 @@ def origin(x: Value, program: Program) -> Origin:
     """Finds out how a value came about that is the last of its moves."""
     if is_zero(x):
         return Origin("zero", "it is not used")
+    if x.size == 0:
+        return Origin("zero", "it has no entries")
     if x.op is None:
         return Origin("plain", "it is given, not computed")
+    if not x.of_example:
+        return Origin("plain", "it is the same for all examples")
     if x.uses > 1:
         return Origin("plain", "it is computed for other leaves too")
     try:
@@ -182,9 +186,10 @@ def _repeated(cost: Cost, times: int) -> Cost:
 
 def without_moves(x: Value) -> Value:
     """Returns a value of the same norm, before it was moved, turned or converted."""
-    while x.op is not None and x.op.name in _ISOMETRIC:
+    while x.op is not None and (x.op.name in _ISOMETRIC or puts_zeros_around(x.op)):
         source = x.op.inputs[x.position]
-        if source.size != x.size or not jnp.issubdtype(source.aval.dtype, jnp.floating):
+        is_spread = x.op.name != "pad" and source.size != x.size
+        if is_spread or not jnp.issubdtype(source.aval.dtype, jnp.floating):
             break
         x = source
     return x

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradnorm_jax.norms.ghost.programs import Value
-from gradnorm_jax.norms.ghost.terms import Axis, Dim, Factor, Term, axes_of
+from gradnorm_jax.norms.ghost.terms import Dim, Factor, Term, axes_of, dim_of
 
 
 def dot(a: Value, b: Value, dimension_numbers: Any) -> Term:
@@ -30,7 +30,7 @@ def outer(a: Value, b: Value, shape: Sequence[int]) -> Term | None:
         places, source = _before_it_was_spread(x)
         own: list[Dim] = []
         for place, size in zip(places, source.shape, strict=True):
-            own.append((Axis(size),) if size != 1 else ())
+            own.append(dim_of(size))
             if size == 1:
                 continue
             if place in dims:

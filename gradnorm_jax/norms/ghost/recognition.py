@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from gradnorm_jax.norms.ghost import convolutions, products
 from gradnorm_jax.norms.ghost.programs import Op, Program, Value, is_zero
 from gradnorm_jax.norms.ghost.scans import Scan
-from gradnorm_jax.norms.ghost.terms import Axis, Dim, Factor, Term, axes_of
+from gradnorm_jax.norms.ghost.sums import wide
+from gradnorm_jax.norms.ghost.terms import Axis, Dim, Factor, Term, axes_of, dim_of
 
 
 class NotUnderstood(Exception):
@@ -146,13 +147,17 @@ def _summed(step: _Step) -> list[Term]:
 
 def _padded(step: _Step) -> list[Term]:
     config = step.op.params["padding_config"]
-    x, padding = step.op.inputs
-    if not is_zero(padding) or any(
-        low < 0 or high < 0 or inner for low, high, inner in config
-    ):
+    if not puts_zeros_around(step.op) or any(between for _, _, between in config):
         raise step.refuse("what is put around or between is not plain zeros")
-    starts = [low for low, _, _ in config]
+    starts, [x, _] = [low for low, _, _ in config], step.op.inputs
     return [term.padded(starts, step.value.shape) for term in step.of_changed(x)]
+
+
+def puts_zeros_around(op: Op) -> bool:
+    """Whether an operation pads with zeros, or puts them between, and cuts nothing."""
+    if op.name != "pad" or not is_zero(op.inputs[1]):
+        return False
+    return all(min(low, high) >= 0 for low, high, _ in op.params["padding_config"])
 
 
 def _each(step: _Step, change: Callable[[Term], Term | None]) -> list[Term]:
@@ -189,6 +194,7 @@ def _scattered(step: _Step) -> list[Term]:
         len(narrow) != 1
         or any(updates.shape[window_of[k]] != 1 for k in narrow if k in window_of)
         or narrow[0] not in indexed
+        or shape[narrow[0]] == 1
         or (len(indexed) > 1 and not clips)  # a whole row that is clipped is at 0
     ):
         raise step.refuse("the updates are not whole rows that an index each places")
@@ -196,7 +202,7 @@ def _scattered(step: _Step) -> list[Term]:
     column, size = indexed.index(place), shape[place]
 
     def row_numbers(indices: jax.Array) -> jax.Array:
-        own = indices[..., column : column + 1]
+        own = _wide_enough(indices[..., column : column + 1])
         return jnp.clip(own, 0, size - 1) if clips else own
 
     found = []
@@ -221,12 +227,21 @@ def _put_in_place(step: _Step) -> list[Term]:
         raise step.refuse("it is not one row of zeros that is set")
     [dim] = narrow
     size = shape[dim]
-    ids = Factor(starts[dim], (), lambda start: jnp.clip(start, 0, size - 1))
+
+    def row_number(start: jax.Array) -> jax.Array:
+        return jnp.clip(_wide_enough(start), 0, size - 1)
+
+    ids = Factor(starts[dim], (), row_number)
     found = []
     for term in _expanded(step, update):
         rest = [own for k, own in enumerate(term.dims) if k != dim]
         found.append(_hot(term, rest, dim, size, ids))
     return found
+
+
+def _wide_enough(indices: jax.Array) -> jax.Array:
+    """Returns indices in a dtype that holds the size of any table."""
+    return indices if indices.dtype.itemsize >= 4 else indices.astype(jnp.int32)
 
 
 def _hot(term: Term, rest: list[Dim], place: int, size: int, ids: Factor) -> Term:
@@ -254,9 +269,9 @@ def _reversed(step: _Step) -> list[Term]:
     def change(term: Term) -> Term | None:
         for k in step.op.params["dimensions"]:
             for axis in term.dims[k]:
-                if axis is term.hot or term.window:
+                if not term.can_change(axis):
                     return None
-                term = term.along(axis, axis, lambda x, place: jnp.flip(x, place))
+                term = term.along(axis, (axis,), lambda x, place: jnp.flip(x, place))
         return term
 
     return _each(step, change)
@@ -274,13 +289,13 @@ def _sliced(step: _Step) -> list[Term]:
         for k, (start, limit, stride) in enumerate(cuts):
             if (start, limit, stride) == (0, shape[k], 1):
                 continue
-            if len(term.dims[k]) != 1 or term.dims[k][0] is term.hot or term.window:
+            if len(term.dims[k]) != 1 or not term.can_change(term.dims[k][0]):
                 return None
 
             def cut(x: jax.Array, place: int, own: tuple = cuts[k]) -> jax.Array:
                 return jax.lax.slice_in_dim(x, *own, axis=place)
 
-            new = Axis(step.value.shape[k])
+            new = dim_of(step.value.shape[k])
             term = term.along(term.dims[k][0], new, cut)
         return term
 
@@ -310,14 +325,14 @@ def _lifted(step: _Step, scan: Scan, term: Term, *, is_stacked: bool) -> Term:
     for scalar in term.scalars:
         if isinstance(scalar, Value):
             right = scan.body.add(_times, right, scalar)
-    steps = Axis(scan.loop.length)
+    steps = dim_of(scan.loop.length)
 
     def out(factor: Factor, value: Value) -> Factor:
         value, has_axis = scan.lifted(value)
         if not has_axis:
             return Factor(value, factor.dims, factor.make)
         make = factor.make and jax.vmap(factor.make)
-        return Factor(value, ((steps,), *factor.dims), make)
+        return Factor(value, (steps, *factor.dims), make)
 
     lifted = dataclasses.replace(
         term,
@@ -326,19 +341,17 @@ def _lifted(step: _Step, scan: Scan, term: Term, *, is_stacked: bool) -> Term:
         ids=term.ids and out(term.ids, term.ids.value),
         scalars=tuple(numbers),
     )
-    if not any(steps in factor.axes for factor in lifted.factors):
+    own = [x for x in lifted.factors if not (is_stacked and x is lifted.ids)]
+    if not any({*steps} <= {*factor.axes} for factor in own):
         raise step.refuse("a step does not differ from another")
     if not is_stacked:
         return lifted
-    if steps not in lifted.right.axes and (
-        lifted.left is None or steps not in lifted.left.axes
-    ):
-        raise step.refuse("a step does not differ from another")
     window = lifted.window and ((0, scan.loop.length), *lifted.window)
-    return dataclasses.replace(lifted, dims=((steps,), *lifted.dims), window=window)
+    return dataclasses.replace(lifted, dims=(steps, *lifted.dims), window=window)
 
 
 def _times(x: jax.Array, scalar: jax.Array) -> jax.Array:
+    x = wide(x)
     return x * scalar.astype(x.dtype)
 
 

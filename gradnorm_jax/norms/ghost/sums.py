@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gradnorm_jax.norms.ghost.programs import Value
 from gradnorm_jax.norms.ghost.terms import Axis, Dim, Factor, Term, aligned
@@ -118,8 +119,10 @@ class Sum:
         summed = _summed(term)
         right = arranged(term.right, self.batch, summed, self.columns)
         for scalar in term.scalars:
-            number = known[scalar] if isinstance(scalar, Value) else scalar
-            right = right * jnp.asarray(number, right.dtype)
+            if isinstance(scalar, Value):  # in 16 bits it may be 0, or infinite
+                right = wide(right) * known[scalar].astype(wide(right).dtype)
+            else:
+                right = right * jnp.asarray(scalar, right.dtype)
         left = None
         if term.left is not None:
             left = arranged(term.left, self.batch, summed, rows)
@@ -252,6 +255,11 @@ def _end_to_end(parts: Sequence[Matrices]) -> Matrices:
         jnp.concatenate([x.right.astype(dtype) for x in parts], 1),
         jnp.concatenate(ids) if ids else None,
     )
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Returns an array in float32, or in its own dtype where that is wider."""
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def _size(axes: Dim) -> int:

@@ -54,9 +54,9 @@ class Factor:
         return tuple(axis for dim in self.dims for axis in dim)
 
     def along(
-        self, axis: Axis, new: Axis, change: Callable[[jax.Array, int], jax.Array]
+        self, axis: Axis, new: Dim, change: Callable[[jax.Array, int], jax.Array]
     ) -> "Factor":
-        """Returns the factor changed along one axis."""
+        """Returns the factor changed along one axis, which then has another name."""
         place = self.axes.index(axis)
         sizes = [x.size for x in self.axes]
 
@@ -64,8 +64,8 @@ class Factor:
             x = value if self.make is None else self.make(value)
             return change(x.reshape(sizes), place)
 
-        axes = tuple((new if x is axis else x,) for x in self.axes)
-        return Factor(self.value, axes, make)
+        dims = tuple(new if x is axis else (x,) for x in self.axes)
+        return Factor(self.value, dims, make)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ class Term:
         )
 
     def along(
-        self, axis: Axis, new: Axis, change: Callable[[jax.Array, int], jax.Array]
+        self, axis: Axis, new: Dim, change: Callable[[jax.Array, int], jax.Array]
     ) -> "Term":
         """Returns the term with its factors changed along an axis of the gradient."""
 
@@ -191,10 +191,13 @@ class Term:
                 return factor
             return factor.along(axis, new, change)
 
-        dims = tuple(tuple(new if x is axis else x for x in dim) for dim in self.dims)
-        return dataclasses.replace(
-            self, left=of(self.left), right=of(self.right), dims=dims
-        )
+        renamed = self.cut({axis: new})
+        return dataclasses.replace(renamed, left=of(self.left), right=of(self.right))
+
+    def can_change(self, axis: Axis) -> bool:
+        """Whether its factors alone say what it is along an axis of the gradient."""
+        by_ids = self.ids is not None and axis in self.ids.axes
+        return not self.window and axis is not self.hot and not by_ids
 
     def padded(self, starts: Sequence[int], shape: Sequence[int]) -> "Term":
         """Returns the term as a window of a larger gradient."""
@@ -206,9 +209,14 @@ class Term:
         return dataclasses.replace(self, window=window)
 
 
+def dim_of(size: int) -> Dim:
+    """Returns a new axis; none for a dimension of size 1, along which nothing lies."""
+    return (Axis(size),) if size != 1 else ()
+
+
 def axes_of(shape: Sequence[int]) -> tuple[Dim, ...]:
     """Returns a new axis for each dimension."""
-    return tuple((Axis(n),) if n != 1 else () for n in shape)
+    return tuple(map(dim_of, shape))
 
 
 def aligned(terms: Sequence[Term]) -> list[Term] | None:

@@ -12,10 +12,11 @@ from gradnorm_jax.norms.ghost import costs, formulas, recognition
 from gradnorm_jax.norms.ghost.leaves import last_steps, origin, without_moves
 from gradnorm_jax.norms.ghost.programs import Program, Value
 from gradnorm_jax.norms.ghost.recognition import NotUnderstood
-from gradnorm_jax.norms.ghost.sums import Sum, sums
+from gradnorm_jax.norms.ghost.sums import Sum, sums, wide
 
 #: Factors by which the gradient of each example is multiplied one after the other: of
-#: shape `[B]` or, with a factor for each cell, `[B, ...]`.
+#: shape `[B]` or, with a factor for each cell, `[B, ...]`. One of booleans says which
+#: examples are added at all.
 Weights = Sequence[jax.Array]
 
 
@@ -36,7 +37,7 @@ class LeafTotal:
 
 def total_of(gradient: Value, program: Program, form: bool = False) -> LeafTotal:
     """Adds to a program what the weighted sum of gradients is found from."""
-    formed = LeafTotal((gradient,), _total_of_formed, gradient)
+    formed = _formed(gradient)
     if form:
         return formed
     found = origin(without_moves(gradient), program)
@@ -54,7 +55,7 @@ def total_of(gradient: Value, program: Program, form: bool = False) -> LeafTotal
     if len(parts) == 1 and parts[0].window is None and costs.is_worth_keeping(parts[0]):
         product = in_turn(functools.partial(formulas.product, parts[0]))
         value = program.add(product, *parts[0].values)
-        return LeafTotal((value,), _total_of_formed, value)
+        return _formed(value)
     values = tuple(dict.fromkeys(x for part in parts for x in part.values))
     fun = functools.partial(_total_of_sums, parts, values, gradient)
     return LeafTotal(values, fun)
@@ -68,9 +69,14 @@ def _sums_of(gradient: Value, program: Program) -> Sequence[Sum] | None:
         return None
 
 
-def _total_of_formed(arrays: Sequence[jax.Array], weights: Weights) -> jax.Array:
-    [grads] = arrays
-    return jnp.sum(formulas.weighted(grads, weights), 0)
+def _formed(value: Value) -> LeafTotal:
+    def total(arrays: Sequence[jax.Array], weights: Weights) -> jax.Array:
+        [grads] = arrays
+        if not value.of_example:
+            grads = jnp.broadcast_to(grads, (len(weights[0]), *grads.shape))
+        return jnp.sum(formulas.weighted(grads, weights), 0)
+
+    return LeafTotal((value,), total, value)
 
 
 def _total_of_sums(
@@ -108,4 +114,4 @@ def _total_in_turn(
 
 
 def _zeros(gradient: Value) -> jax.Array:
-    return formulas.wide(jnp.zeros(gradient.shape, gradient.aval.dtype))
+    return wide(jnp.zeros(gradient.shape, gradient.aval.dtype))

@@ -10,15 +10,13 @@ import jax
 if TYPE_CHECKING:  # slow to load, and so loaded by whoever traces
     from jax.extend import core
 
-# The parameter under which a call keeps the program that it calls.
+# The parameter under which a call keeps the program that it calls. Not of calls that
+# have rules of their own for derivatives: those stay whole.
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
     "checkpoint": "jaxpr",
     "remat": "jaxpr",
     "remat2": "jaxpr",
