@@ -126,6 +126,7 @@ def _measure(
     funs = {PLAIN: jax.grad(mean_loss)} | {
         arm: ARMS[arm].make(model.loss_fn) for arm in options.arms or asked
     }
+    _check(model.loss_fn, params, batch)
     programs = {
         arm: timing.build_cold(fun, params, batch) for arm, fun in funs.items() if fun
     }
@@ -185,8 +186,16 @@ class _Call:
         return time.perf_counter() - start
 
 
+def _check(loss_fn: Callable, params: Any, batch: Any) -> None:
+    """Refuses to time what is wrong of the first two examples, by `vmap`."""
+    few = jax.tree.map(lambda x: x[:2], batch)
+    for kind in ("norms", "clip"):
+        arms = (f"{kind}, vmap", kind)
+        _same({arm: jax.jit(ARMS[arm].make(loss_fn))(params, few) for arm in arms})
+
+
 def _same(results: dict[str, Any]) -> None:
-    """Refuses to report arms that do not agree: a wrong norm is quick to compute."""
+    """Refuses arms that do not agree: a wrong norm is quick to compute."""
     norm = jax.jit(optax.tree.norm)
     first: dict[str, Any] = {}
     for name, result in results.items():
