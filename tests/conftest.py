@@ -28,6 +28,13 @@ def strict():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_compiled_is_forgotten():
+    """Leaves a process small: XLA ends it where it holds a thousand programs."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves cases out, unless all are asked for."""
     leave_out(config, items, one_in_so_many())
