@@ -371,6 +371,32 @@ def test_what_has_no_examples_is_refused_by_name(name, loss_fn, how, error, mess
         OF_EXAMPLES[name](loss_fn, **how)
 
 
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (
+            (np.ones(4), np.ones(4)),
+            {},
+            r"argument 2 has 4 .* Give \(1, 2\) there if it",
+        ),
+        ((np.ones(4),), {"y": np.ones(4)}, "argument 'y' has 4 .* Give it by position"),
+    ],
+)
+def test_labels_that_no_argument_names_are_refused(name, args, kwargs, message):
+    measure = OF_EXAMPLES[name](lambda w, x, y: (w * x - y) ** 2)
+    with pytest.raises(
+        ValueError, match=rf"^`{name}\(batch_argnums=\(1,\)\)`: {message}"
+    ):
+        measure(1.0, *args, **kwargs)
+
+
+def test_what_has_no_entry_for_each_example_is_given_to_all():
+    loss_fn = lambda w, x, shift: jnp.sum(w * x - shift)  # noqa: E731
+    norms = gn.per_example_norms(loss_fn)(1.0, np.arange(4.0), np.ones(3))
+    np.testing.assert_allclose(norms, 3 * np.arange(4.0))
+
+
 @pytest.mark.parametrize("name", ["per_example_norms", "value_and_per_example_norms"])
 @pytest.mark.parametrize(
     ("how", "message"),

@@ -94,6 +94,7 @@ class Loss:
         """Returns the loss as a function of one example, and the examples."""
         batch = self.batch(args)
         size = self._size(batch)
+        self._refuse_unnamed(args, kwargs, size)
         if self.key_argnum is not None:
             batch[self.key_argnum] = jax.random.split(args[self.key_argnum], size)
         params = _sharding.varying_like(self.params(args), batch)
@@ -123,6 +124,25 @@ class Loss:
                 f" axis 0, got the shapes {shapes}."
             )
         return sizes.pop()
+
+    def _refuse_unnamed(
+        self, args: Sequence[Any], kwargs: dict[str, Any], size: int
+    ) -> None:
+        """Refuses what looks like one entry for each example, and would go to all."""
+        named = {*_tuple(self.argnums), *self.batch_argnums, self.key_argnum}
+        rest = {k: x for k, x in enumerate(args) if k not in named} | kwargs
+        for k, value in rest.items():
+            leaves = [x for x in jax.tree.leaves(value) if hasattr(x, "shape")]
+            if size > 1 and leaves and all(x.shape[:1] == (size,) for x in leaves):
+                both = (*self.batch_argnums, k)
+                way_out = "it by position" if isinstance(k, str) else f"{both} there"
+                raise ValueError(
+                    f"`{self.caller}(batch_argnums={self.batch_argnums})`: argument"
+                    f" {k!r} has {size} entries along axis 0 as the batch has, and each"
+                    f" example would be given all of them. Give {way_out} if it holds"
+                    " examples; if it is the same for all, put it into `loss_fn` by"
+                    " `functools.partial`."
+                )
 
     def _check(self, loss: Callable[..., Any], params: Tree, batch: Tree) -> None:
         flatten(params, f"{self.caller}(argnums={self.argnums})")

@@ -59,8 +59,8 @@ def per_example_norms(
       loss_fn: `(params, example, ...) -> loss`, the loss of one example, as `jax.grad`
         takes it. Dropout and the like take a key by `key_argnum`.
       argnums: Which arguments the gradient is taken of.
-      batch_argnums: Which arguments hold examples along axis 0 of every leaf; the rest
-        is the same for all.
+      batch_argnums: Which arguments hold examples along axis 0 of every leaf, as
+        `(1, 2)` for `(params, x, y)`; the rest is the same for all.
       key_argnum: Which argument is a PRNG key, split into one for each example.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
       batched: Whether `loss_fn` takes a batch: it is given batches of one example.

@@ -67,7 +67,7 @@ def epsilon(
     if noise_multiplier == 0:
         return math.inf
     books = _fresh(accountant, "epsilon")
-    books.compose(_event(noise_multiplier, sampling_rate), steps)
+    books.compose(_event(noise_multiplier, sampling_rate), operator.index(steps))
     return float(books.get_epsilon(delta))
 
 
@@ -117,7 +117,7 @@ def noise_multiplier_for(
         accounting.calibrate_dp_mechanism(
             lambda: _fresh(accountant, "noise_multiplier_for"),
             lambda noise: accounting.SelfComposedDpEvent(
-                _event(noise, sampling_rate), steps
+                _event(noise, sampling_rate), operator.index(steps)
             ),
             epsilon,
             delta,

@@ -33,7 +33,8 @@ class ClippedGrads(NamedTuple):
 
     Attributes:
       grads: The sum or mean, in float32 or wider.
-      norms: The norm of the gradient of each example, `[B]`, or `[B, parts]`.
+      norms: The norm of the gradient of each example, `[B]`, or `[B, parts]`; also of
+        one that is padding, for whose sake averages of norms need the mask.
       scales: By how much each was multiplied; 0 for one that was left out.
       values: The loss of each example, `[B]`.
       aux: What the loss returned beside it, `[B, ...]`; `None` without `has_aux`.
@@ -86,7 +87,8 @@ def clipped_grad(
 
     With :func:`gradnorm_jax.add_gaussian_noise` that is DP-SGD. The gradients of single
     examples are mostly not formed: the sum is made from what their norms are made from,
-    multiplied by the scales.
+    multiplied by the scales. Under `jax.jit` it is compiled once, outside of it at each
+    call.
 
     Args:
       loss_fn: `(params, example, ...) -> loss`, the loss of one example.
@@ -117,7 +119,8 @@ def clipped_grad(
     Guarantees:
       - Adding or removing one example changes the sum by a vector of norm at most
         `max_norm` with ``rescale`` and ``whole_tree()``, up to the error of a norm,
-        5e-6 in float32. Replacing one changes it by at most twice that.
+        5e-6 in float32. Replacing one changes it by at most twice that. With K parts
+        the norm is that of their K limits: sqrt(K) times one for all.
       - An example whose norm is not finite adds nothing, and is counted.
       - In bfloat16 activations and their gradients are rounded once more after they are
         scaled, to 8 bits, and a bound may be missed by as much.
@@ -329,7 +332,8 @@ class ClippedGrad:
         if jnp.shape(mask) != (size,) or jnp.asarray(mask).dtype != bool:
             raise ValueError(
                 f"`clipped_grad(...)(example_mask=...)` must be {size} booleans, False"
-                f" for an example that is padding, got {mask!r}."
+                f" for an example that is padding, got {jnp.asarray(mask).dtype} of"
+                f" shape {jnp.shape(mask)}."
             )
         return jnp.asarray(mask)
 
