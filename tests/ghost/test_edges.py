@@ -88,7 +88,13 @@ def test_norms_and_sums_at_an_edge_are_those_of_formed_gradients(case, rule):
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def run(params, batch):
-        truth = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
+        # XLA's older emitters add to wrong rows where indices have eight bits.
+        plain = (
+            batch.astype(jnp.promote_types(batch.dtype, jnp.int32))
+            if (hasattr(batch, "dtype") and jnp.issubdtype(batch.dtype, jnp.integer))
+            else batch
+        )
+        truth = jax.vmap(jax.grad(loss_fn), (None, 0))(params, plain)
         leaves = [x.reshape(B, -1) for x in jax.tree.leaves(truth)]
         norms = jnp.sqrt(sum(jnp.sum(x**2, axis=1) for x in leaves))
         limit = jnp.median(norms)
