@@ -88,8 +88,8 @@ def per_example_norms(
 
     Raises:
       ValueError: If a number is out of its range, or arguments contradict one another.
-        When called: if the loss is no number, or leaves hold different numbers of
-        examples.
+        When called: if the loss is no number, leaves hold different numbers of
+        examples, or an argument that is not named has as many entries along axis 0.
       TypeError: When called: if a parameter is of an integer dtype.
 
     Example:

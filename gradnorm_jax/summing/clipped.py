@@ -87,8 +87,8 @@ def clipped_grad(
 
     With :func:`gradnorm_jax.add_gaussian_noise` that is DP-SGD. The gradients of single
     examples are mostly not formed: the sum is made from what their norms are made from,
-    multiplied by the scales. Under `jax.jit` it is compiled once, outside of it at each
-    call.
+    multiplied by the scales. Call it under `jax.jit`: outside, loops in it are compiled
+    anew each time.
 
     Args:
       loss_fn: `(params, example, ...) -> loss`, the loss of one example.
@@ -141,7 +141,8 @@ def clipped_grad(
     Raises:
       ValueError: If `max_norm` is negative, or a rule that learns from one norm a step;
         if `implementation` or `reduce` is none. When called: without a `clip_state`
-        that is needed, with a mask of another shape, or where a leaf is in no group.
+        that is needed, with a mask of another shape, where a leaf is in no group, or
+        with an argument beside the batch that has as many entries along axis 0.
       TypeError: When called: if a parameter is of an integer dtype.
 
     Example:
