@@ -217,6 +217,7 @@ def in_microbatches(
         return fun(batch, jnp.ones(size, bool))
     rounds = math.ceil(size / microbatch_size)
     chunks = dealt(batch, size, rounds)
+    fun = jax.jit(fun, inline=True)  # traced once for its shapes and for the loop
     sums, _ = jax.eval_shape(fun, *jax.tree.map(lambda x: x[0], chunks))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
 

@@ -104,8 +104,8 @@ def clipped_grad(
       shrink: What a norm above its limit becomes, from :mod:`gradnorm_jax.shrink`.
       reduce: "sum", or "mean" over the examples that are there.
       microbatch_size: How many examples are computed at a time, to save memory; by
-        default so many that what is kept of them is not much larger than the
-        parameters, and at least 16.
+        default so many that what is kept of them is no larger than the parameters, and
+        at least 16; all, where the loss convolves.
       implementation: "one_pass", the default. "two_pass" finds the norms and then
         differentiates the weighted loss, which holds less and takes longer; for
         ``whole_tree()``. "vmap" forms all gradients.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,13 @@ from gradnorm_jax.norms.of_examples import (
 )
 from gradnorm_jax.shrink import Scaling
 
-# What the norms come from is kept for so many examples that it is at most this many
-# times as large as the parameters, and for no fewer than these: each time, the sum of
-# all gradients is read and written once more.
-_SUMS_HELD = 4
+if TYPE_CHECKING:  # loaded by whoever traces a loss
+    from gradnorm_jax.norms.ghost.programs import Value
+    from gradnorm_jax.norms.ghost.tracing import Backward
+
+# What the norms come from is kept for so many examples that it is no larger than the
+# parameters, and for no fewer than these: each time, the sum of all gradients is read
+# and written once more.
 _FEW_EXAMPLES = 16
 
 
@@ -64,35 +67,43 @@ def _one_pass(one: OneExample, layout: Layout) -> Way:
     def add(batch: Tree, found: Any, factors: Scaling, added: jax.Array) -> list:
         del batch
 
-        def total(arrays: list[jax.Array], factors: Scaling, added: jax.Array) -> list:
-            known = dict(zip(values, arrays, strict=True))
-            return [
-                leaf.combine(
-                    [known[x] for x in leaf.values],
-                    [*_weights(layout, i, factors), added],
-                )
-                for i, leaf in enumerate(totals)
-            ]
-
         def without_others(
             arrays: list[jax.Array], factors: Scaling, added: jax.Array
-        ) -> list[jax.Array]:
+        ) -> tuple[list[jax.Array], Scaling]:
+            some_are = jnp.any(added)
             own = [
-                _zero_unless(added, x) if value.of_example else x
+                _zero_unless(added if value.of_example else some_are, x)
                 for value, x in zip(values, arrays, strict=True)
             ]
-            factors = jax.tree.map(lambda x: _zero_unless(added, x), factors)
-            found = total(own, factors, added)
-            return [_zero_unless(jnp.any(added), x) for x in found]
+            return own, jax.tree.map(lambda x: _zero_unless(added, x), factors)
 
-        some_are_not = ~jnp.all(added)
-        return kernels.seldom(
-            some_are_not, without_others, total, found, factors, added
+        # What is not finite stays so though it is multiplied by 0.
+        arrays, factors = kernels.seldom(
+            ~jnp.all(added),
+            without_others,
+            lambda arrays, factors, added: (arrays, factors),
+            found,
+            factors,
+            added,
         )
+        known = dict(zip(values, arrays, strict=True))
+        return [
+            leaf.combine(
+                [known[x] for x in leaf.values], [*_weights(layout, i, factors), added]
+            )
+            for i, leaf in enumerate(totals)
+        ]
 
-    held = sum(x.size for x in values if x.of_example)
-    room = _SUMS_HELD * sum(x.size for x in backward.gradient)
-    return Way(measure, add, max(_FEW_EXAMPLES, room // max(held, 1)))
+    return Way(measure, add, _examples_at_a_time(backward, values))
+
+
+def _examples_at_a_time(backward: "Backward", kept: "list[Value]") -> int | None:
+    # In a loop on a CPU, XLA takes up to 30 times as long for the same convolution.
+    if any(op.name == "conv_general_dilated" for op in backward.program.ops):
+        return None
+    size = sum(x.size for x in kept if x.of_example)
+    room = sum(x.size for x in backward.gradient)
+    return max(_FEW_EXAMPLES, room // max(size, 1))
 
 
 def _two_pass(one: OneExample, layout: Layout) -> Way:
