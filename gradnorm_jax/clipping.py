@@ -150,13 +150,12 @@ def clip_by_norm(
         _check_state(state, layout)
 
         # MEASURE
-        trees = [(layout, leaves)] if norms is None else []
+        trees = [(layout, leaves, norm)] if norms is None else []
         if rule.needs_params:
             weights = needed(params, "clip_by_norm(...)")
-            trees.append(
-                (granularity.layout(weights, placement), jax.tree.leaves(weights))
-            )
-        found = fold(trees, norm, state.step >= 0)
+            of_weights = granularity.layout(weights, placement)
+            trees.append((of_weights, jax.tree.leaves(weights), norm))
+        found = fold(trees, state.step >= 0)
         sizes, sound = found[0].measured() if norms is None else _given(norms, layout)
         first_bad = first_nonfinite_leaf(layout, sound)
 

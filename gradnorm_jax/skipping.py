@@ -122,11 +122,12 @@ def skip_step(
         _sharding.check_averaged(names, leaves, params, placement)
         by_tree = whole_tree().layout
         layout = by_tree(updates, placement)
-        trees = [(layout, leaves)]
+        trees = [(layout, leaves, norm)]
         if limits.needs_params:
             weights = needed(params, "skip_step(...)")
-            trees.append((by_tree(weights, placement), jax.tree.leaves(weights)))
-        found = fold(trees, norm, state.step >= 0)
+            of_weights = by_tree(weights, placement)
+            trees.append((of_weights, jax.tree.leaves(weights), norm))
+        found = fold(trees, state.step >= 0)
         size = found[0].measured().norms
         loss = _loss(value, value_rule)
         finite = jnp.isfinite(size) & jnp.isfinite(loss)

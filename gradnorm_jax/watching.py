@@ -13,7 +13,7 @@ from gradnorm_jax._checks import check_state, check_steps, check_transformation
 from gradnorm_jax._layout import Layout
 from gradnorm_jax._sharding import Placement
 from gradnorm_jax._typing import AUTO, AxisNames, Groups, PerLeaf, Tree
-from gradnorm_jax.norms.fold import l2, linf, nonfinite, zeros
+from gradnorm_jax.norms.fold import Norm, l2, linf, nonfinite, zeros
 from gradnorm_jax.norms.measurement import fold, sharing
 from gradnorm_jax.telemetry import (
     DETAILS,
@@ -28,8 +28,10 @@ from gradnorm_jax.telemetry import (
     layout,
 )
 
-#: By which fold each detail of the gradients is measured.
-_FOLDS = dict(zip(DETAILS, (linf, zeros, nonfinite), strict=True))
+#: By which fold each quantity of the gradients is measured.
+_OF_GRADS: dict[str, Norm] = dict(
+    zip(("grad", *DETAILS), (l2, linf, zeros, nonfinite), strict=True)
+)
 
 
 def watch(
@@ -135,8 +137,10 @@ def watch(
         _sharding.check_averaged(names, leaves, params, placement)
         parts = divided(updates)
         _check_columns(len(columns_of(parts, record).names), state.ring.shape[1])
-        shared = every == 1 and "grad" in record
-        with sharing(*fold([(parts, leaves)] if shared else [], l2)):
+        # What is recorded of the gradients at every step is for the clip inside, too.
+        wanted = [norm for kind, norm in _OF_GRADS.items() if kind in record]
+        shared = [(parts, leaves, norm) for norm in wanted] if every == 1 else []
+        with sharing(*fold(shared)):
             outgoing, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )
@@ -278,10 +282,10 @@ def _norms(
             )
         return own, jax.tree.leaves(trees[kind])
 
-    found = fold([tree(kind) for kind in KINDS if kind in record], l2)
-    for detail in DETAILS:
-        if detail in record:
-            found += fold([tree("grad")], _FOLDS[detail])
+    wanted = [(*tree(kind), l2) for kind in KINDS if kind in record]
+    details = [detail for detail in DETAILS if detail in record]
+    wanted += [(*tree("grad"), _OF_GRADS[detail]) for detail in details]
+    found = fold(wanted)
     return [folded.measured().norms.astype(jnp.float32) for folded in found]
 
 

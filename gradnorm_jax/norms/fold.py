@@ -2,13 +2,6 @@ r"""Norms as folds: what is kept of an array, how two of them join, what they sa
 
 The law of a fold is that leaves, groups, devices and microbatches combine by one rule:
 ``finish(combine([partial(x), partial(y)]))`` is the norm of x and y laid end to end.
-
-The sum of squares of float32 numbers overflows above :math:`1.8 \cdot 10^{19}` and
-reads 0 below :math:`10^{-23}`, long before the norm itself does. So :data:`l2` keeps
-it at three scales, :math:`\sum x^2`, :math:`\sum (2^{-d} x)^2` and
-:math:`\sum (2^{u} x)^2`, of which one is always right. The last two follow from the
-first by a multiplication unless it is lost, and only then are the leaves read again.
-All three are plain sums, so that the fold stays one addition, on any mesh.
 """
 
 import functools
@@ -23,17 +16,24 @@ import numpy as np
 
 from gradnorm_jax import kernels
 from gradnorm_jax._typing import Ord
-
-Leaves = Sequence[jax.Array]
-Kept = Sequence[tuple[int, ...]]
+from gradnorm_jax.norms.scales import (
+    Kept,
+    Leaves,
+    at_three_scales,
+    cell_shapes,
+    real_dtype,
+    root_at_the_right_scale,
+)
 
 
 class Norm(NamedTuple):
-    """A norm: three functions that fold it, and its slope.
+    """A norm: what it reduces entries to, what it makes of that, and its slope.
 
     Attributes:
       ord: The order by which users ask for this norm.
-      partial: `(leaves, kept axes) -> [cells, k]`, in float32 or wider.
+      reductions: What is kept of the entries of each cell, in one traversal with what
+        other norms keep.
+      complete: `(leaves, kept axes, *what the reductions gave) -> [cells, k]`.
       combine: `[cells, k] -> [k]`, a fold along the leading axis.
       finish: `[..., k] -> [...]`, the norms.
       slope: `(x, norm, size) -> d norm / d x` for one entry of a part with `size`
@@ -44,16 +44,39 @@ class Norm(NamedTuple):
     """
 
     ord: Ord
-    partial: Callable[[Leaves, Kept], jax.Array]
+    reductions: tuple[kernels.Reduction, ...]
+    complete: Callable[..., jax.Array]
     combine: Callable[[jax.Array], jax.Array]
     finish: Callable[[jax.Array], jax.Array]
     slope: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     across: str = "gather"
 
+    def partial(self, leaves: Leaves, kept: Kept) -> jax.Array:
+        """Returns what is kept of each cell, `[cells, k]`, in float32 or wider."""
+        [found] = partials([self], leaves, kept)
+        return found
+
+
+def partials(
+    norms: Sequence[Norm], leaves: Leaves, kept: Kept, implementation: str = "xla"
+) -> list[jax.Array]:
+    """Returns what each of some norms keeps of each cell, and reads each entry once.
+
+    What is lost to the range of the dtype, or not finite, is read again.
+    """
+    wanted = list(dict.fromkeys(one for norm in norms for one in norm.reductions))
+    dtype = accumulator(leaves)
+    found = kernels.reduce_cells(wanted, leaves, kept, dtype, implementation)
+    known = dict(zip(wanted, found, strict=True))
+    return [
+        norm.complete(leaves, kept, *(known[one] for one in norm.reductions))
+        for norm in norms
+    ]
+
 
 def accumulator(leaves: Leaves) -> jnp.dtype:
     """The dtype norms are taken in: float32, or wider where a leaf is."""
-    dtypes = (_real_dtype(x) for x in leaves)
+    dtypes = (real_dtype(x) for x in leaves)
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
@@ -101,9 +124,8 @@ class _Powers(NamedTuple):
 
     p: float
 
-    def partial(self, leaves: Leaves, kept: Kept) -> jax.Array:
+    def complete(self, leaves: Leaves, kept: Kept, largest: jax.Array) -> jax.Array:
         dtype = accumulator(leaves)
-        largest = _largest(leaves, kept)[:, 0]
         units = iter(_cells_of(leaves, kept, _divisor(largest)))
 
         def reduce(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -134,7 +156,14 @@ class _Powers(NamedTuple):
 @functools.cache
 def _lp(p: float) -> Norm:
     powers = _Powers(p)
-    return Norm(p, powers.partial, powers.combine, powers.finish, powers.slope)
+    return Norm(
+        p,
+        (_magnitudes,),
+        powers.complete,
+        powers.combine,
+        powers.finish,
+        powers.slope,
+    )
 
 
 def _divisor(largest: jax.Array) -> jax.Array:
@@ -156,128 +185,38 @@ def _sum_partials(partials: jax.Array) -> jax.Array:
     return jnp.sum(partials, axis=0)
 
 
-def _absolute_sums(leaves: Leaves, kept: Kept) -> jax.Array:
-    dtype = accumulator(leaves)
-    return kernels.fold_cells(
-        lambda x, axes: jnp.sum(jnp.abs(x).astype(dtype), axes), leaves, kept, dtype
-    )[:, None]
+def _largest(
+    leaves: Leaves, kept: Kept, largest: jax.Array, squares: jax.Array
+) -> jax.Array:
+    """The largest entry, or NaN, which the maximum of XLA loses on a CPU."""
+    is_nan = jnp.isnan(jax.lax.stop_gradient(squares))
+    return _as_it_is(leaves, kept, jnp.where(is_nan, jnp.nan, largest))
 
 
-def _largest(leaves: Leaves, kept: Kept) -> jax.Array:
-    dtype = accumulator(leaves)
-    return kernels.fold_cells(
-        lambda x, axes: jnp.max(_absolute(x).astype(dtype), axes, initial=0),
-        leaves,
-        kept,
-        dtype,
-    )[:, None]
+def _as_it_is(leaves: Leaves, kept: Kept, found: jax.Array) -> jax.Array:
+    del leaves, kept
+    return found[:, None]
 
 
+@jax.custom_jvp
 def _absolute(x: jax.Array) -> jax.Array:
-    """|x|, with the derivative 0 at 0 (that of `jnp.abs` is 1 there)."""
-    return jnp.abs(x) if jnp.iscomplexobj(x) else x * jax.lax.stop_gradient(jnp.sign(x))
+    return jnp.abs(x)
 
 
-class _Scales(NamedTuple):
-    """Where squares of `dtype` are safe, and the powers of two that make them so."""
-
-    down: jax.Array
-    up: jax.Array
-    lost_entry: jax.Array
-    low: jax.Array
-
-    @classmethod
-    def of(cls, dtype: jnp.dtype) -> "_Scales":
-        info = jnp.finfo(dtype)
-        digits = info.nmant + 1
-        # 2^100 and 2^90 in float32. An entry whose square is flushed to 0 is wrong by
-        # at most the smallest normal number, so a sum of n squares is right to the
-        # last digit where it is above n times `lost_entry`, whatever was flushed.
-        return cls(
-            dtype.type(2.0 ** -(info.maxexp * 25 // 32)),
-            dtype.type(2.0 ** (info.maxexp * 45 // 64)),
-            dtype.type(2.0 ** (info.minexp + digits)),
-            dtype.type(2.0 ** (info.minexp + digits + 40)),
-        )
+@_absolute.defjvp
+def _absolute_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """The derivative of |x| is 0 at 0, where that of `jnp.abs` is 1."""
+    [x], [dx] = primals, tangents
+    return jnp.abs(x), jnp.real(jnp.conj(jnp.sign(x)) * dx)
 
 
-def _square_sums_at_three_scales(leaves: Leaves, kept: Kept) -> jax.Array:
-    dtype = accumulator(leaves)
-    scales = _Scales.of(dtype)
-    plain = kernels.square_sums(leaves, kept, dtype)
-    fragile = [_squares_can_leave(x, dtype) for x in leaves]
-
-    def trust(leaves: Leaves, plain: jax.Array) -> jax.Array:
-        del leaves
-        return _three_scales(plain, plain, jnp.zeros_like(plain, bool), scales)
-
-    if not any(fragile):
-        return trust(leaves, plain)
-
-    shapes = _cell_shapes(leaves, kept)
-    counts = [math.prod(shape) for shape in shapes]
-    floors = [
-        scales.lost_entry * (x.size // max(count, 1)) if is_fragile else 0
-        for x, count, is_fragile in zip(leaves, counts, fragile, strict=True)
-    ]
-    floor = np.array(floors, dtype).repeat(counts)
-
-    def is_lost(plain: jax.Array) -> jax.Array:
-        return ~((plain >= floor) & (plain < jnp.inf))  # a NaN is lost too
-
-    def read_again(leaves: Leaves, plain: jax.Array) -> jax.Array:
-        tiny, lost = plain < floor, is_lost(plain)
-        factors = jnp.where(tiny, scales.up, jnp.where(lost, scales.down, 1))
-        again = kernels.square_sums_again(leaves, kept, factors.astype(dtype), lost)
-        return _three_scales(plain, jnp.where(lost, again, plain), tiny, scales)
-
-    needed = jnp.any(is_lost(plain))
-    return kernels.seldom(needed, read_again, trust, list(leaves), plain)
+_magnitudes = kernels.Reduction(
+    lambda x, dtype: _absolute(x).astype(dtype), largest=True
+)
 
 
-def _three_scales(
-    plain: jax.Array, scaled: jax.Array, tiny: jax.Array, scales: _Scales
-) -> jax.Array:
-    """The sum as it is, lowered and raised; `scaled` holds it where `plain` is lost."""
-    large = ~(plain < jnp.inf)
-    true = jnp.where(tiny, _times_twice(scaled, 1 / scales.up), plain)
-    true = jnp.where(large, jnp.inf, true)
-    lowered = jnp.where(large, scaled, _times_twice(true, scales.down))
-    raised = jnp.where(tiny, scaled, _times_twice(true, scales.up))
-    return jnp.stack([true, lowered, raised], axis=-1)
-
-
-def _times_twice(x: jax.Array, factor: jax.Array) -> jax.Array:
-    # XLA makes x * (factor * factor) of two constants, and that is 0 or infinity.
-    return jax.lax.optimization_barrier(x * factor) * factor
-
-
-def _root_at_the_right_scale(
-    partials: jax.Array, size: jax.Array | float = 1.0
-) -> jax.Array:
-    scales = _Scales.of(partials.dtype)
-    true, lowered, raised = partials[..., 0], partials[..., 1], partials[..., 2]
-    return jnp.where(
-        true < scales.low,
-        jnp.sqrt(raised / size) / scales.up,
-        jnp.where(
-            true < jnp.inf,
-            jnp.sqrt(true / size),
-            jnp.sqrt(lowered / size) / scales.down,
-        ),
-    )
-
-
-def _squares_can_leave(x: jax.Array, dtype: jnp.dtype) -> bool:
-    own, wide = jnp.finfo(_real_dtype(x)), jnp.finfo(dtype)
-    return (
-        2 * own.maxexp + x.size.bit_length() >= wide.maxexp
-        or 2 * (own.minexp - own.nmant) < wide.minexp
-    )
-
-
-def _squares_and_size(leaves: Leaves, kept: Kept) -> jax.Array:
-    sums = _square_sums_at_three_scales(leaves, kept)
+def _squares_and_size(leaves: Leaves, kept: Kept, plain: jax.Array) -> jax.Array:
+    sums = at_three_scales(leaves, kept, plain)
     size = kernels.fold_cells(
         lambda x, axes: jnp.full(
             [x.shape[k] for k in range(x.ndim) if k not in axes],
@@ -293,19 +232,12 @@ def _squares_and_size(leaves: Leaves, kept: Kept) -> jax.Array:
 
 def _root_of_the_mean(partials: jax.Array) -> jax.Array:
     size = jnp.maximum(partials[..., 3], 1)
-    return _root_at_the_right_scale(partials, size)
-
-
-def _cell_shapes(leaves: Leaves, kept: Kept) -> list[tuple[int, ...]]:
-    return [
-        tuple(size if k in axes else 1 for k, size in enumerate(x.shape))
-        for x, axes in zip(leaves, kept, strict=True)
-    ]
+    return root_at_the_right_scale(partials, size)
 
 
 def _cells_of(leaves: Leaves, kept: Kept, cells: jax.Array) -> list[jax.Array]:
     """Cuts what each cell has into one array for each leaf, to broadcast against it."""
-    shapes = _cell_shapes(leaves, kept)
+    shapes = cell_shapes(leaves, kept)
     bounds = np.cumsum([0, *map(math.prod, shapes)])
     return [
         cells[start:stop].reshape(shape)
@@ -313,14 +245,11 @@ def _cells_of(leaves: Leaves, kept: Kept, cells: jax.Array) -> list[jax.Array]:
     ]
 
 
-def _real_dtype(x: jax.Array) -> np.dtype:
-    return jnp.finfo(x.dtype).dtype
-
-
 #: The sum of absolute values.
 l1 = Norm(
     1,
-    _absolute_sums,
+    (kernels.Reduction(lambda x, dtype: jnp.abs(x).astype(dtype)),),
+    _as_it_is,
     _sum_partials,
     lambda partials: partials[..., 0],
     lambda x, norm, size: jnp.sign(x),
@@ -329,15 +258,17 @@ l1 = Norm(
 #: The Euclidean norm of a vector, the Frobenius norm of a matrix.
 l2 = Norm(
     2,
-    _square_sums_at_three_scales,
+    (kernels.squares,),
+    at_three_scales,
     _sum_partials,
-    _root_at_the_right_scale,
+    root_at_the_right_scale,
     lambda x, norm, size: x / norm,
     "sum",
 )
 #: The largest absolute value.
 linf = Norm(
     math.inf,
+    (_magnitudes, kernels.squares),
     _largest,
     lambda partials: jnp.max(partials, axis=0, initial=0),
     lambda partials: partials[..., 0],
@@ -346,6 +277,7 @@ linf = Norm(
 #: The root of the mean square: `l2` over the root of the number of entries.
 rms = Norm(
     "rms",
+    (kernels.squares,),
     _squares_and_size,
     _sum_partials,
     _root_of_the_mean,
@@ -354,19 +286,33 @@ rms = Norm(
 )
 
 
-def _counted(name: str, test: Callable[[jax.Array], jax.Array]) -> Norm:
+def _nonfinite_entries(leaves: Leaves, kept: Kept, plain: jax.Array) -> jax.Array:
+    """Counts them where a sum of squares is not finite, and only then."""
+    count = kernels.Reduction(lambda x, dtype: (~jnp.isfinite(x)).astype(dtype))
+
+    def read_again(leaves: Leaves, suspect: jax.Array) -> jax.Array:
+        ones = jnp.ones(suspect.shape, plain.dtype)
+        counts = kernels.reduce_again(count, leaves, kept, ones, suspect)
+        return jnp.where(suspect, counts, 0)
+
+    suspect = ~jnp.isfinite(plain)
+    none = lambda leaves, suspect: jnp.zeros(suspect.shape, plain.dtype)  # noqa: E731
+    counts = kernels.seldom(jnp.any(suspect), read_again, none, list(leaves), suspect)
+    return counts[:, None]
+
+
+def _counted(
+    name: str, reduction: kernels.Reduction, complete: Callable[..., jax.Array]
+) -> Norm:
     """A count is a fold too, though no norm."""
-
-    def partial(leaves: Leaves, kept: Kept) -> jax.Array:
-        dtype = accumulator(leaves)
-        return kernels.fold_cells(
-            lambda x, axes: jnp.sum(test(x), axes, dtype), leaves, kept, dtype
-        )[:, None]
-
-    return Norm(name, partial, _sum_partials, lambda x: x[..., 0], across="sum")
+    return Norm(
+        name, (reduction,), complete, _sum_partials, lambda x: x[..., 0], across="sum"
+    )
 
 
 #: How many entries are exactly 0.
-zeros = _counted("zeros", lambda x: x == 0)
+zeros = _counted(
+    "zeros", kernels.Reduction(lambda x, dtype: (x == 0).astype(dtype)), _as_it_is
+)
 #: How many entries are NaN or infinite.
-nonfinite = _counted("nonfinite", lambda x: ~jnp.isfinite(x))
+nonfinite = _counted("nonfinite", kernels.squares, _nonfinite_entries)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from gradnorm_jax import _sharding, kernels
 from gradnorm_jax._layout import Layout
-from gradnorm_jax.norms.fold import Norm, step_down
+from gradnorm_jax.norms.fold import Norm, partials, step_down
 
 
 class Measured(NamedTuple):
@@ -80,29 +80,42 @@ def sharing(*folded: Folded) -> Iterator[None]:
 
 
 def fold(
-    trees: Sequence[tuple[Layout, Sequence[jax.Array]]],
-    norm: Norm,
+    wanted: Sequence[tuple[Layout, Sequence[jax.Array], Norm]],
     live: jax.Array | None = None,
 ) -> list[Folded]:
-    """Folds some trees; on a mesh all of them with one collective.
+    """Folds some trees by some norms.
 
-    With `live`, as :func:`kernels.apart` takes it, apart from what uses the norms.
+    What is wanted of the same leaves is found in one traversal, and one norm of all
+    trees, on a mesh, with one collective. With `live`, as :func:`kernels.apart` takes
+    it, apart from what uses the norms.
     """
-    known = [_known(layout, leaves, norm) for layout, leaves in trees]
-    rest = [tree for tree, own in zip(trees, known, strict=True) if own is None]
-    layouts = tuple(layout for layout, _ in rest)
-    members = tuple(
-        tuple(jnp.asarray(leaves[i]) for i in layout.members) for layout, leaves in rest
-    )
-    # The derivative is that of `_measured`, unless it is to be found step by step.
-    values = members if norm.slope is None else jax.lax.stop_gradient(members)
-    compute = functools.partial(_cells, norm, layouts)
-    cells = compute(values) if live is None else kernels.apart(compute, live, values)
-    computed = iter(
-        Folded(leaves, own, layout, norm)
-        for leaves, own, layout in zip(members, cells, layouts, strict=True)
-    )
-    return [next(computed) if own is None else own for own in known]
+    known = [_known(*own) for own in wanted]
+    rest = [own for own, found in zip(wanted, known, strict=True) if found is None]
+    alike: dict[Hashable, list[int]] = {}
+    for k, (layout, leaves, _) in enumerate(rest):
+        alike.setdefault((layout, *map(id, leaves)), []).append(k)
+    asked, trees, values = [], [], []
+    for at in alike.values():
+        layout, leaves, _ = rest[at[0]]
+        norms = tuple(dict.fromkeys(rest[k][2] for k in at))
+        members = tuple(jnp.asarray(leaves[i]) for i in layout.members)
+        # The derivative is that of `_measured`, unless it is to be found step by step.
+        by_slope = all(norm.slope is not None for norm in norms)
+        asked.append((layout, norms))
+        trees.append(members)
+        values.append(jax.lax.stop_gradient(members) if by_slope else members)
+    compute = functools.partial(_cells, tuple(asked), kernels.chosen())
+    given = tuple(values)
+    cells = compute(given) if live is None else kernels.apart(compute, live, given)
+    computed = {
+        k: Folded(members, found[norms.index(rest[k][2])], layout, rest[k][2])
+        for at, (layout, norms), members, found in zip(
+            alike.values(), asked, trees, cells, strict=True
+        )
+        for k in at
+    }
+    new = iter(computed[k] for k in range(len(rest)))
+    return [next(new) if own is None else own for own in known]
 
 
 def _known(layout: Layout, leaves: Sequence[jax.Array], norm: Norm) -> Folded | None:
@@ -112,7 +125,7 @@ def _known(layout: Layout, leaves: Sequence[jax.Array], norm: Norm) -> Folded | 
 
 def measure(layout: Layout, leaves: Sequence[jax.Array], norm: Norm) -> Measured:
     """Returns the norm of each part, and which cells have a norm that is finite."""
-    [folded] = fold([(layout, leaves)], norm)
+    [folded] = fold([(layout, leaves, norm)])
     return folded.measured()
 
 
@@ -128,17 +141,37 @@ def first_nonfinite_leaf(layout: Layout, sound: jax.Array | np.ndarray) -> jax.A
 # Compiled once for each norm and layout, so that a call outside of `jit` is cheap too.
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _cells(
-    norm: Norm, layouts: tuple[Layout, ...], trees: tuple[tuple[jax.Array, ...], ...]
-) -> list[jax.Array]:
-    """What the norm keeps of every cell of every tree."""
-    partials = [
-        norm.partial(leaves, [layout.kept[i] for i in layout.members])
-        for layout, leaves in zip(layouts, trees, strict=True)
+    asked: tuple[tuple[Layout, tuple[Norm, ...]], ...],
+    implementation: str,
+    trees: tuple[tuple[jax.Array, ...], ...],
+) -> list[list[jax.Array]]:
+    """What norms keep of every cell of every tree: for each tree, of each norm."""
+    found = [
+        partials(
+            norms, leaves, [layout.kept[i] for i in layout.members], implementation
+        )
+        for (layout, norms), leaves in zip(asked, trees, strict=True)
     ]
-    if not any(layout.split for layout in layouts):
-        return partials
+    if not any(layout.split for layout, _ in asked):
+        return found
+    for norm in dict.fromkeys(norm for _, norms in asked for norm in norms):
+        own = [
+            (k, norms.index(norm))
+            for k, (_, norms) in enumerate(asked)
+            if norm in norms
+        ]
+        over_devices = _over_devices(norm, [(asked[k][0], found[k][n]) for k, n in own])
+        for (k, n), cells in zip(own, over_devices, strict=True):
+            found[k][n] = cells
+    return found
+
+
+def _over_devices(
+    norm: Norm, trees: Sequence[tuple[Layout, jax.Array]]
+) -> list[jax.Array]:
+    """Folds what each device has of some trees, with one collective."""
     placed, axes = [], []
-    for layout, cells in zip(layouts, partials, strict=True):
+    for layout, cells in trees:
         cells, own = layout.over_the_mesh(cells)
         placed.append(cells)
         axes += own

@@ -1,0 +1,57 @@
+"""Branches: for what is hardly ever needed, and to keep kernels apart on a CPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.custom_batching import custom_vmap
+
+from gradnorm_jax._sharding import is_on_one_device
+
+
+def seldom(
+    needed: jax.Array, rare: Callable[..., Any], usual: Callable[..., Any], *args: Any
+) -> Any:
+    """Returns `rare(*args)` where it is needed; it must be right where it is not, too.
+
+    Under `vmap`, where a branch would be computed for all anyway, there is none: JAX
+    chooses there between all that enters a branch, which fails on Explicit axes, and in
+    `shard_map` for what is the same on every device.
+    """
+
+    @custom_vmap
+    def choose(needed: jax.Array, *args: Any) -> Any:
+        return jax.lax.cond(needed, rare, usual, *args)
+
+    @choose.def_vmap
+    def _(size: int, batched: list, needed: jax.Array, *args: Any) -> tuple[Any, Any]:
+        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        result = jax.vmap(rare, tuple(in_axes[1:]), axis_size=size)(*args)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return choose(needed, *args)
+
+
+def apart(fun: Callable[..., Any], live: jax.Array, *args: Any) -> Any:
+    """Returns `fun(*args)`, kept on a CPU from being compiled into what uses it.
+
+    There XLA repeats the few scalar operations that lead to a factor inside the kernel
+    of every leaf, and computes what a sum reads again, entry by entry, inside the sum.
+    A branch keeps them apart, on one device. `live` must be true, and not be known to
+    be.
+    """
+    arrays = jax.tree.leaves(args)
+    traced = any(isinstance(x, Tracer) for x in arrays)
+    if not traced or not all(map(is_on_one_device, arrays)):
+        return fun(*args)
+
+    def behind_a_branch(live: jax.Array, *args: Any) -> Any:
+        result = jax.eval_shape(fun, *args)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+        return jax.lax.cond(live, fun, lambda *_: nothing, *args)
+
+    return jax.lax.platform_dependent(
+        live, *args, cpu=behind_a_branch, default=lambda live, *args: fun(*args)
+    )

@@ -1,0 +1,273 @@
+"""Reductions of leaves: what is kept of their entries, in one traversal."""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradnorm_jax._sharding import is_on_one_device, replicated
+from gradnorm_jax.kernels.branches import seldom
+
+# On a CPU, XLA reduces one entry at a time but where it knows a library, and for that
+# it finds less work for several cores. So rows are joined to one another: so many at a
+# time that what is kept of them hardly counts, and so long that cores share a row, and
+# that a round fits into their caches. Measured on two cores with 2 MiB each, where rows
+# of an odd length took five times as long.
+_ROWS = 8
+_ROUND = 2**18
+_ALIGNED = 64
+
+# Where there is a library, a leaf has to have this many entries for rows to be worth
+# what they take to compile.
+_LARGE = 2**22
+
+# A leaf below this many entries is reduced at once, and is read again with others, up
+# to a stack of this many.
+_SMALL = 2**16
+_STACK = 2**20
+
+
+class Reduction(NamedTuple):
+    """What is kept of entries: a function of each, added up, or the largest of it.
+
+    Attributes:
+      of: `(x, dtype) -> array` of the shape of `x`, in `dtype`.
+      largest: Whether the largest is kept, of numbers that are not below 0.
+    """
+
+    of: Callable[[jax.Array, jnp.dtype], jax.Array]
+    largest: bool = False
+
+    def over(self, x: jax.Array, axes: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        """Reduces an array over some of its axes."""
+        return self.across(self.of(x, dtype), axes)
+
+    def across(self, found: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """Reduces what was found of entries over some axes."""
+        return jnp.max(found, axes, initial=0) if self.largest else jnp.sum(found, axes)
+
+    def join(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Reduces two arrays entry by entry."""
+        return jnp.maximum(a, b) if self.largest else a + b
+
+
+def _squares(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """|x|^2; by parts, as the product of a complex infinity would be NaN."""
+    if jnp.iscomplexobj(x):
+        return _squares(jnp.real(x), dtype) + _squares(jnp.imag(x), dtype)
+    x = x.astype(dtype)
+    return x * x
+
+
+#: The sum of squares, which XLA has a library for, but for float16.
+squares = Reduction(_squares)
+
+
+def fold_cells(
+    reduce: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+    leaves: Sequence[jax.Array],
+    kept: Sequence[tuple[int, ...]],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Reduces each leaf over the axes it does not keep, all laid end to end."""
+    cells = [
+        _laid_out(reduce(x, _not_kept(x, axes)))
+        for x, axes in zip(leaves, kept, strict=True)
+    ]
+    return jnp.concatenate(cells) if cells else jnp.zeros((0,), dtype)
+
+
+def reduce_cells(
+    reductions: Sequence[Reduction],
+    leaves: Sequence[jax.Array],
+    kept: Sequence[tuple[int, ...]],
+    dtype: jnp.dtype,
+    implementation: str = "xla",
+) -> list[jax.Array]:
+    """Does what `fold_cells` does for some reductions, and reads each entry once.
+
+    With "pallas", leaves that are whole and real are read by its kernel.
+    """
+    own: dict[int, list[jax.Array]] = {}
+    if implementation == "pallas":
+        own = _by_pallas(reductions, leaves, kept, dtype)
+    own = [
+        own[k]
+        if k in own
+        else _reduced(tuple(reductions), x, _not_kept(x, axes), dtype)
+        for k, (x, axes) in enumerate(zip(leaves, kept, strict=True))
+    ]
+    cells = [[_laid_out(x[k]) for x in own] for k in range(len(reductions))]
+    return [jnp.concatenate(x) if x else jnp.zeros((0,), dtype) for x in cells]
+
+
+def reduce_again(
+    reduction: Reduction,
+    leaves: Sequence[jax.Array],
+    kept: Sequence[tuple[int, ...]],
+    factors: jax.Array,
+    wanted: jax.Array,
+) -> jax.Array:
+    """Reduces each cell that is wanted, multiplied by a factor of its own.
+
+    Made for a branch that hardly ever runs: it is to compile fast. Small leaves of one
+    shape are stacked and read together, so that there are few reductions to compile. A
+    large leaf is not copied, and read only if one of its cells is wanted; what is not
+    wanted may be any number.
+    """
+    bounds = np.cumsum(
+        [0, *(_num_cells(x, axes) for x, axes in zip(leaves, kept, strict=True))]
+    )
+    found, order = [], []
+    for members in _alike(leaves, kept):
+        cells = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
+        own = factors[cells]
+        stack = [leaves[i] for i in members]
+        read = functools.partial(_stacked, reduction, kept[members[0]])
+        if stack[0].size < _SMALL:
+            found.append(read(stack, own))
+        else:
+            needed = jnp.any(wanted[cells])
+            found.append(seldom(needed, read, lambda stack, own: own, stack, own))
+        order.append(cells)
+    if not found:
+        return jnp.zeros((0,), factors.dtype)
+    return jnp.concatenate(found)[np.argsort(np.concatenate(order))]
+
+
+def _alike(
+    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]]
+) -> list[list[int]]:
+    """Gathers the positions of small leaves of one shape, a bounded number at a time.
+
+    Leaves on a mesh stay alone: to stack them could move them between devices.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, (x, axes) in enumerate(zip(leaves, kept, strict=True)):
+        alone = x.size >= _SMALL or not is_on_one_device(x)
+        key = i if alone else (x.shape, x.dtype, axes)
+        groups.setdefault(key, []).append(i)
+    return [
+        members[start : start + step]
+        for members in groups.values()
+        for step in [max(1, _STACK // max(1, leaves[members[0]].size))]
+        for start in range(0, len(members), step)
+    ]
+
+
+def _stacked(
+    reduction: Reduction,
+    axes: tuple[int, ...],
+    leaves: list[jax.Array],
+    factors: jax.Array,
+) -> jax.Array:
+    """Reduces the cells of leaves of one shape, multiplied by their factors."""
+    # Of a constant x, XLA makes (x * c)^2 into x^2 * c^2, and c^2 is infinite or 0.
+    stack = jnp.stack(jax.lax.optimization_barrier(leaves))
+    shape = [n if k in axes else 1 for k, n in enumerate(leaves[0].shape)]
+    factor = factors.reshape(len(leaves), *shape)
+    summed = tuple(1 + k for k in range(leaves[0].ndim) if k not in axes)
+    wide = stack.astype(np.promote_types(stack.dtype, factors.dtype))
+    if jnp.iscomplexobj(wide):
+        wide = jax.lax.complex(jnp.real(wide) * factor, jnp.imag(wide) * factor)
+    else:
+        wide = wide * factor
+    return _laid_out(reduction.over(wide, summed, factors.dtype))
+
+
+def _reduced(
+    reductions: tuple[Reduction, ...],
+    x: jax.Array,
+    axes: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> list[jax.Array]:
+    def at_once(x: jax.Array) -> list[jax.Array]:
+        return [reduction.over(x, axes, dtype) for reduction in reductions]
+
+    if not _is_for_rows(reductions, x, axes):
+        return at_once(x)
+    by_rows = functools.partial(_by_rows, reductions, dtype)  # traced once for a shape
+    return jax.lax.platform_dependent(x, cpu=by_rows, default=at_once)
+
+
+def _by_pallas(
+    reductions: Sequence[Reduction],
+    leaves: Sequence[jax.Array],
+    kept: Sequence[tuple[int, ...]],
+    dtype: jnp.dtype,
+) -> dict[int, list[jax.Array]]:
+    from gradnorm_jax.kernels.pallas import reduce_leaves
+
+    at = [
+        k
+        for k, (x, axes) in enumerate(zip(leaves, kept, strict=True))
+        if not axes and not jnp.iscomplexobj(x) and is_on_one_device(x)
+    ]
+    run = functools.partial(reduce_leaves, tuple(reductions), dtype=dtype)
+    members = [leaves[k] for k in at]
+    found = jax.lax.platform_dependent(
+        members, cuda=run, default=functools.partial(run, interpret=True)
+    )
+    return {k: [one[n] for one in found] for n, k in enumerate(at)}
+
+
+def _is_for_rows(
+    reductions: tuple[Reduction, ...], x: jax.Array, axes: tuple[int, ...]
+) -> bool:
+    alone = reductions == (squares,)
+    if alone and x.dtype == jnp.bfloat16:
+        return False
+    least = _LARGE if alone and x.dtype != np.float16 else _SMALL
+    return (
+        len(axes) == x.ndim
+        and least <= x.size < 2**31  # an index has 32 bits
+        and is_on_one_device(x)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _by_rows(
+    reductions: tuple[Reduction, ...], dtype: jnp.dtype, x: jax.Array
+) -> list[jax.Array]:
+    """Joins the rows of a leaf to one another, and then the entries of what is left."""
+    own, x = x.dtype, x.reshape(-1)
+    if own == jnp.bfloat16:  # in a loop it would be held in float32
+        x = jax.lax.bitcast_convert_type(x, np.uint16)
+    rounds = math.ceil(x.size / _ROUND)
+    length = x.size // (rounds * _ROWS) // _ALIGNED * _ALIGNED
+
+    def step(k: jax.Array, joined: list[jax.Array]) -> list[jax.Array]:
+        for row in range(_ROWS):
+            start = (k * _ROWS + row) * length
+            part = jax.lax.dynamic_slice_in_dim(x, start, length)
+            part = jax.lax.bitcast_convert_type(part, own) if own != x.dtype else part
+            joined = [
+                one.join(kept, one.of(part, dtype))
+                for one, kept in zip(reductions, joined, strict=True)
+            ]
+        return joined
+
+    start = [jnp.zeros(length, dtype)] * len(reductions)
+    joined = jax.lax.fori_loop(0, rounds, step, start)
+    rest = x[rounds * _ROWS * length :]
+    rest = jax.lax.bitcast_convert_type(rest, own) if own != x.dtype else rest
+    return [
+        one.join(one.across(kept, (0,)), one.over(rest, (0,), dtype))
+        for one, kept in zip(reductions, joined, strict=True)
+    ]
+
+
+def _laid_out(cells: jax.Array) -> jax.Array:
+    return replicated(cells).reshape(-1)
+
+
+def _not_kept(x: jax.Array, kept: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(k for k in range(x.ndim) if k not in kept)
+
+
+def _num_cells(x: jax.Array, axes: tuple[int, ...]) -> int:
+    return math.prod(x.shape[k] for k in axes)
