@@ -25,20 +25,20 @@ class _Place(NamedTuple):
     """Which programs of a launch are for a leaf, and how many entries it has."""
 
     first: int
-    count: int
+    blocks: int
     size: int
 
     def spec(self) -> pl.BlockSpec:
         """The block of each program; those for other leaves do not look at theirs."""
         return pl.BlockSpec(
-            (_BLOCK,), lambda k: (jnp.clip(k - self.first, 0, self.count - 1),)
+            (_BLOCK,), lambda k: (jnp.clip(k - self.first, 0, self.blocks - 1),)
         )
 
     def of_leaf(self, body: Callable[[Any, Any], None]) -> None:
         """Runs `body` in the programs for the leaf, tile by tile."""
         program = pl.program_id(0)
 
-        @pl.when((program >= self.first) & (program < self.first + self.count))
+        @pl.when((program >= self.first) & (program < self.first + self.blocks))
         def _() -> None:
             start = (program - self.first) * _BLOCK
 
@@ -123,7 +123,7 @@ def _reduced(
         for k, (one, own) in enumerate(zip(reductions, joined, strict=True)):
             out[0, k] = one.across(own, (0,))
 
-    total = places[-1].first + places[-1].count
+    total = places[-1].first + places[-1].blocks
     partials = pl.pallas_call(
         kernel,
         jax.ShapeDtypeStruct((total, len(reductions)), dtype),

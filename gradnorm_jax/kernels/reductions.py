@@ -1,6 +1,7 @@
 """Reductions of leaves: what is kept of their entries, in one traversal."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,10 @@ _ALIGNED = 64
 # Where there is a library, a leaf has to have this many entries for rows to be worth
 # what they take to compile.
 _LARGE = 2**22
+
+# Leaves of one shape below this many entries are copied together: that takes less time
+# than to start a kernel for each.
+_TINY = 2**13
 
 # A leaf below this many entries is reduced at once, and is read again with others, up
 # to a stack of this many.
@@ -92,17 +97,28 @@ def reduce_cells(
 
     With "pallas", leaves that are whole and real are read by its kernel.
     """
-    own: dict[int, list[jax.Array]] = {}
+    groups, cells = _alike(leaves, kept, _TINY), _cells_of(leaves, kept)
+    known: dict[int, list[jax.Array]] = {}
     if implementation == "pallas":
-        own = _by_pallas(reductions, leaves, kept, dtype)
-    own = [
-        own[k]
-        if k in own
-        else _reduced(tuple(reductions), x, _not_kept(x, axes), dtype)
-        for k, (x, axes) in enumerate(zip(leaves, kept, strict=True))
-    ]
-    cells = [[_laid_out(x[k]) for x in own] for k in range(len(reductions))]
-    return [jnp.concatenate(x) if x else jnp.zeros((0,), dtype) for x in cells]
+        groups = [[i] for i in range(len(leaves))]
+        known = _by_pallas(reductions, leaves, kept, dtype)
+    found = []
+    for members in groups:
+        first, summed = members[0], _not_kept(leaves[members[0]], kept[members[0]])
+        if first in known:
+            own = known[first]
+        elif len(members) == 1:
+            own = _reduced(tuple(reductions), leaves[first], summed, dtype)
+        else:
+            stack = jnp.stack([leaves[i] for i in members])
+            axes = tuple(1 + k for k in summed)
+            own = [reduction.over(stack, axes, dtype) for reduction in reductions]
+        found.append([_laid_out(x) for x in own])
+    order = _order([cells[i] for members in groups for i in members])
+    together = [[own[k] for own in found] for k in range(len(reductions))]
+    if not together[0]:
+        return [jnp.zeros((0,), dtype) for _ in reductions]
+    return [_ordered(jnp.concatenate(x), order) for x in together]
 
 
 def reduce_again(
@@ -119,28 +135,26 @@ def reduce_again(
     large leaf is not copied, and read only if one of its cells is wanted; what is not
     wanted may be any number.
     """
-    bounds = np.cumsum(
-        [0, *(_num_cells(x, axes) for x, axes in zip(leaves, kept, strict=True))]
-    )
-    found, order = [], []
-    for members in _alike(leaves, kept):
-        cells = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
-        own = factors[cells]
+    groups, cells = _alike(leaves, kept, _SMALL), _cells_of(leaves, kept)
+    found = []
+    for members in groups:
+        at = np.concatenate([cells[i] for i in members])
+        own = factors[at]
         stack = [leaves[i] for i in members]
         read = functools.partial(_stacked, reduction, kept[members[0]])
         if stack[0].size < _SMALL:
             found.append(read(stack, own))
         else:
-            needed = jnp.any(wanted[cells])
+            needed = jnp.any(wanted[at])
             found.append(seldom(needed, read, lambda stack, own: own, stack, own))
-        order.append(cells)
     if not found:
         return jnp.zeros((0,), factors.dtype)
-    return jnp.concatenate(found)[np.argsort(np.concatenate(order))]
+    order = _order([cells[i] for members in groups for i in members])
+    return _ordered(jnp.concatenate(found), order)
 
 
 def _alike(
-    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]]
+    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]], small: int
 ) -> list[list[int]]:
     """Gathers the positions of small leaves of one shape, a bounded number at a time.
 
@@ -148,7 +162,7 @@ def _alike(
     """
     groups: dict[Hashable, list[int]] = {}
     for i, (x, axes) in enumerate(zip(leaves, kept, strict=True)):
-        alone = x.size >= _SMALL or not is_on_one_device(x)
+        alone = x.size >= small or not is_on_one_device(x)
         key = i if alone else (x.shape, x.dtype, axes)
         groups.setdefault(key, []).append(i)
     return [
@@ -269,5 +283,22 @@ def _not_kept(x: jax.Array, kept: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(k for k in range(x.ndim) if k not in kept)
 
 
-def _num_cells(x: jax.Array, axes: tuple[int, ...]) -> int:
-    return math.prod(x.shape[k] for k in axes)
+def _cells_of(
+    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]]
+) -> list[np.ndarray]:
+    """Where the cells of each leaf stand among all."""
+    counts = [
+        math.prod(x.shape[k] for k in axes)
+        for x, axes in zip(leaves, kept, strict=True)
+    ]
+    bounds = np.cumsum([0, *counts])
+    return [np.arange(*ends) for ends in itertools.pairwise(bounds)]
+
+
+def _order(cells: Sequence[np.ndarray]) -> np.ndarray:
+    """Where each cell is to be found if they stand in this order."""
+    return np.argsort(np.concatenate(cells)) if cells else np.zeros(0, int)
+
+
+def _ordered(x: jax.Array, order: np.ndarray) -> jax.Array:
+    return x if np.array_equal(order, np.arange(len(order))) else x[order]
