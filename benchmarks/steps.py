@@ -1,5 +1,8 @@
 """A clip inside an optimizer step that donates parameters and state, of Optax's in it.
 
+A record of the gradients takes its norms from what the clip reads; one of the updates
+and of the parameters too reads both, and writes the updates, which else are not there.
+
 A step reads the gradients twice, and reads and writes the parameters and each of the
 optimizer's moments: AdamW is charged with 8 times the bytes of the tree, SGD with
 momentum with 6, the record with none. Muon multiplies matrices and is not limited by
@@ -54,7 +57,8 @@ def _clipped(options: Options, optimizer: str, tree: str, dtype: Any) -> Iterato
     chains = {peer: optax.chain(clip, make()) for peer, clip in clips().items()}
     steps = {"optax": chains["optax"], f"clip in {optimizer}": chains["ours"]}
     if (optimizer, tree, dtype) == WATCHED:
-        steps[f"watch, clip in {optimizer}"] = gn.watch(chains["ours"])
+        steps["and its grads watched"] = gn.watch(chains["ours"], record=("grad",))
+        steps["and all watched"] = gn.watch(chains["ours"])
     yield from against_the_first(
         options,
         Row("step", "", tree, jnp.dtype(dtype).name, ""),

@@ -97,7 +97,9 @@ def reduce_cells(
 
     With "pallas", leaves that are whole and real are read by its kernel.
     """
-    groups, cells = _alike(leaves, kept, _TINY), _cells_of(leaves, kept)
+    # What many cells are stays in order: to put it there again would take its time.
+    tiny = [x.size < _TINY and not axes for x, axes in zip(leaves, kept, strict=True)]
+    groups = _alike(leaves, kept, tiny)
     known: dict[int, list[jax.Array]] = {}
     if implementation == "pallas":
         groups = [[i] for i in range(len(leaves))]
@@ -114,7 +116,7 @@ def reduce_cells(
             axes = tuple(1 + k for k in summed)
             own = [reduction.over(stack, axes, dtype) for reduction in reductions]
         found.append([_laid_out(x) for x in own])
-    order = _order([cells[i] for members in groups for i in members])
+    order = _order(groups, leaves, kept)
     together = [[own[k] for own in found] for k in range(len(reductions))]
     if not together[0]:
         return [jnp.zeros((0,), dtype) for _ in reductions]
@@ -135,10 +137,11 @@ def reduce_again(
     large leaf is not copied, and read only if one of its cells is wanted; what is not
     wanted may be any number.
     """
-    groups, cells = _alike(leaves, kept, _SMALL), _cells_of(leaves, kept)
+    groups = _alike(leaves, kept, [x.size < _SMALL for x in leaves])
+    bounds = _bounds(leaves, kept)
     found = []
     for members in groups:
-        at = np.concatenate([cells[i] for i in members])
+        at = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
         own = factors[at]
         stack = [leaves[i] for i in members]
         read = functools.partial(_stacked, reduction, kept[members[0]])
@@ -149,12 +152,11 @@ def reduce_again(
             found.append(seldom(needed, read, lambda stack, own: own, stack, own))
     if not found:
         return jnp.zeros((0,), factors.dtype)
-    order = _order([cells[i] for members in groups for i in members])
-    return _ordered(jnp.concatenate(found), order)
+    return _ordered(jnp.concatenate(found), _order(groups, leaves, kept))
 
 
 def _alike(
-    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]], small: int
+    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]], small: Sequence[bool]
 ) -> list[list[int]]:
     """Gathers the positions of small leaves of one shape, a bounded number at a time.
 
@@ -162,8 +164,7 @@ def _alike(
     """
     groups: dict[Hashable, list[int]] = {}
     for i, (x, axes) in enumerate(zip(leaves, kept, strict=True)):
-        alone = x.size >= small or not is_on_one_device(x)
-        key = i if alone else (x.shape, x.dtype, axes)
+        key = (x.shape, x.dtype, axes) if small[i] and is_on_one_device(x) else i
         groups.setdefault(key, []).append(i)
     return [
         members[start : start + step]
@@ -283,22 +284,28 @@ def _not_kept(x: jax.Array, kept: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(k for k in range(x.ndim) if k not in kept)
 
 
-def _cells_of(
-    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]]
-) -> list[np.ndarray]:
-    """Where the cells of each leaf stand among all."""
+def _bounds(leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Where the cells of each leaf begin among all, and where the last ones end."""
     counts = [
         math.prod(x.shape[k] for k in axes)
         for x, axes in zip(leaves, kept, strict=True)
     ]
-    bounds = np.cumsum([0, *counts])
-    return [np.arange(*ends) for ends in itertools.pairwise(bounds)]
+    return np.cumsum([0, *counts])
 
 
-def _order(cells: Sequence[np.ndarray]) -> np.ndarray:
-    """Where each cell is to be found if they stand in this order."""
-    return np.argsort(np.concatenate(cells)) if cells else np.zeros(0, int)
+def _order(
+    groups: Sequence[Sequence[int]],
+    leaves: Sequence[jax.Array],
+    kept: Sequence[tuple[int, ...]],
+) -> np.ndarray | None:
+    """Where each cell stands if leaves are in the order of groups; `None` if there."""
+    leaf_order = [*itertools.chain(*groups)]
+    if leaf_order == sorted(leaf_order):
+        return None
+    bounds = _bounds(leaves, kept)
+    cells = [np.arange(bounds[i], bounds[i + 1]) for i in leaf_order]
+    return np.argsort(np.concatenate(cells))
 
 
-def _ordered(x: jax.Array, order: np.ndarray) -> jax.Array:
-    return x if np.array_equal(order, np.arange(len(order))) else x[order]
+def _ordered(x: jax.Array, order: np.ndarray | None) -> jax.Array:
+    return x if order is None else x[order]
