@@ -29,9 +29,9 @@ def implementation(name: str) -> Iterator[None]:
       ValueError: If there is no such implementation.
 
     Example:
-      >>> from gradnorm_jax import kernels
-      >>> with kernels.implementation("pallas"):
-      ...     print(global_norm({"b": jnp.array([3.0]), "w": jnp.array([4.0])}))
+      >>> import gradnorm_jax as gn
+      >>> with implementation("pallas"):
+      ...     print(gn.global_norm({"b": jnp.array([3.0]), "w": jnp.array([4.0])}))
       5.0
     """
     if name not in IMPLEMENTATIONS:
