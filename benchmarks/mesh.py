@@ -41,8 +41,7 @@ LAYOUTS = {
         P(("d", "t")),
     ),
 }
-FEW = ("P('d')", "mixed")
-QUICK = FEW[1:]
+FEW = ("mixed",)
 COLLECTIVES = re.compile(
     r"= (?P<shape>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(?:-start)?\("
@@ -88,9 +87,7 @@ def rows(options: Options) -> Iterator[Row]:
     )
     shapes = options.shapes("matrices")
     for layout, cycle in LAYOUTS.items():
-        if layout not in (
-            QUICK if options.quick else LAYOUTS if options.whole else FEW
-        ):
+        if layout not in (LAYOUTS if options.whole else FEW):
             continue
         specs = {name: cycle[k % len(cycle)] for k, name in enumerate(shapes)}
         grads = _fill(mesh, shapes, specs)

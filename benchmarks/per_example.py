@@ -121,7 +121,7 @@ def _measure(
     def mean_loss(params: Any, batch: Any) -> jax.Array:
         return jnp.mean(jax.vmap(model.loss_fn, (None, 0))(params, batch))
 
-    brief = options.quick and not options.alone
+    brief = not options.alone
     asked = [arm for arm in ARMS if not (brief and arm.endswith("vmap"))]
     funs = {PLAIN: jax.grad(mean_loss)} | {
         arm: ARMS[arm].make(model.loss_fn) for arm in options.arms or asked
