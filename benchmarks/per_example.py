@@ -25,7 +25,7 @@ LARGEST = 2**33  # programs that need more temporary memory are built, not run
 ROUNDS = (3, 7)  # of timing, at least and at most
 TYPICAL = 8  # plain gradients take about as long as one round of all arms
 SECONDS = 30.0  # for the rounds of one model, where these rows were asked for
-QUICK_SECONDS = 8.0
+QUICK_SECONDS = 4.0
 MAX_NORM = 1.0
 PLAIN = "plain gradient"
 
