@@ -118,13 +118,19 @@ def test_more_leaves_than_one_launch_has_stay_in_order(body):
 
 @pytest.mark.parametrize("jit", [lambda fun: fun, jax.jit])
 def test_norms_are_measured_by_the_body_that_is_chosen(jit):
-    leaves = [*leaves_of(jnp.float32), jnp.full((2, 2), 3 + 4j)]
+    leaves = [*leaves_of(jnp.float32), jnp.full((2, 2), 3 + 4j), jnp.zeros(0)]
     truth = gn.leaf_norms(leaves)
     with kernels.implementation("pallas"):
         assert "pallas_call" in str(jax.make_jaxpr(lambda x: gn.leaf_norms(x))(leaves))
         measured = jit(lambda leaves: gn.leaf_norms(leaves))(leaves)
     assert "pallas_call" not in str(jax.make_jaxpr(lambda x: gn.leaf_norms(x))(leaves))
     chex.assert_trees_all_close(measured, truth, rtol=2e-6)
+
+
+def test_where_no_leaf_is_for_the_pallas_body_there_is_no_launch():
+    with kernels.implementation("pallas"):
+        norms = gn.leaf_norms([jnp.zeros(0), jnp.full(4, 3 + 4j)])
+    np.testing.assert_array_equal(norms, [0, 10])
 
 
 def test_the_pallas_body_survives_what_squares_do_not():

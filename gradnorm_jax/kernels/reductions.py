@@ -220,7 +220,7 @@ def _by_pallas(
     at = [
         k
         for k, (x, axes) in enumerate(zip(leaves, kept, strict=True))
-        if not axes and not jnp.iscomplexobj(x) and is_on_one_device(x)
+        if x.size and not axes and not jnp.iscomplexobj(x) and is_on_one_device(x)
     ]
     run = functools.partial(reduce_leaves, tuple(reductions), dtype=dtype)
     members = [leaves[k] for k in at]
