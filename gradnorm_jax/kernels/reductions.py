@@ -255,7 +255,8 @@ def _by_rows(
     rounds = math.ceil(x.size / _ROUND)
     length = x.size // (rounds * _ROWS) // _ALIGNED * _ALIGNED
 
-    def step(k: jax.Array, joined: list[jax.Array]) -> list[jax.Array]:
+    def step(k: jax.Array, pairs: list[jax.Array]) -> list[jax.Array]:
+        joined = _apart(pairs, len(reductions))
         for row in range(_ROWS):
             start = (k * _ROWS + row) * length
             part = jax.lax.dynamic_slice_in_dim(x, start, length)
@@ -264,16 +265,30 @@ def _by_rows(
                 one.join(kept, one.of(part, dtype))
                 for one, kept in zip(reductions, joined, strict=True)
             ]
-        return joined
+        return _in_pairs(joined)
 
-    start = [jnp.zeros(length, dtype)] * len(reductions)
-    joined = jax.lax.fori_loop(0, rounds, step, start)
+    start = _in_pairs([jnp.zeros(length, dtype)] * len(reductions))
+    pairs = jax.lax.fori_loop(0, rounds, step, start)
+    joined = _apart(pairs, len(reductions))
     rest = x[rounds * _ROWS * length :]
     rest = jax.lax.bitcast_convert_type(rest, own) if own != x.dtype else rest
     return [
         one.join(one.across(kept, (0,)), one.over(rest, (0,), dtype))
         for one, kept in zip(reductions, joined, strict=True)
     ]
+
+
+def _in_pairs(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Puts two arrays into a complex one: XLA reads what an array is made of for it."""
+    pairs = [
+        jax.lax.complex(*two) for two in zip(arrays[::2], arrays[1::2], strict=False)
+    ]
+    return pairs + arrays[2 * len(pairs) :]
+
+
+def _apart(pairs: list[jax.Array], count: int) -> list[jax.Array]:
+    parts = [part(x) for x in pairs[: count // 2] for part in (jnp.real, jnp.imag)]
+    return parts + pairs[count // 2 :]
 
 
 def _laid_out(cells: jax.Array) -> jax.Array:
