@@ -155,7 +155,7 @@ def clip_by_norm(
             weights = needed(params, "clip_by_norm(...)")
             of_weights = granularity.layout(weights, placement)
             trees.append((of_weights, jax.tree.leaves(weights), norm))
-        found = fold(trees, state.step >= 0)
+        found = fold(trees, apart=True)
         sizes, sound = found[0].measured() if norms is None else _given(norms, layout)
         first_bad = first_nonfinite_leaf(layout, sound)
 
@@ -170,11 +170,7 @@ def clip_by_norm(
 
         # APPLY
         factors, zero = kernels.apart(
-            functools.partial(_factors, shrink, nonfinite),
-            state.step >= 0,
-            sizes,
-            bound,
-            eps,
+            functools.partial(_factors, shrink, nonfinite), sizes, bound, eps
         )
         limits = bound.limit if shrink.spikes_only else None
         clipped = [

@@ -127,7 +127,7 @@ def skip_step(
             weights = needed(params, "skip_step(...)")
             of_weights = by_tree(weights, placement)
             trees.append((of_weights, jax.tree.leaves(weights), norm))
-        found = fold(trees, state.step >= 0)
+        found = fold(trees, apart=True)
         size = found[0].measured().norms
         loss = _loss(value, value_rule)
         finite = jnp.isfinite(size) & jnp.isfinite(loss)

@@ -140,7 +140,7 @@ def watch(
         # What is recorded of the gradients at every step is for the clip inside, too.
         wanted = [norm for kind, norm in _OF_GRADS.items() if kind in record]
         shared = [(parts, leaves, norm) for norm in wanted] if every == 1 else []
-        with sharing(*fold(shared)):
+        with sharing(*fold(shared, apart=True)):
             outgoing, inner_state = inner.update(
                 updates, state.inner_state, params, **extra_args
             )

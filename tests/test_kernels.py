@@ -139,6 +139,44 @@ def test_the_pallas_body_survives_what_squares_do_not():
     np.testing.assert_allclose(norm, 6**0.5 * 1e30, rtol=2e-6)
 
 
+def scaled_by_its_sum(x):
+    return x * kernels.apart(jnp.sum, x)
+
+
+@pytest.mark.parametrize(
+    "first", [0.0, -0.0, 1.0, -7.5, 3e38, -np.inf, np.nan, 1e-45, 2 + 3j, True]
+)
+def test_what_is_kept_apart_is_what_it_would_be(first):
+    x = jnp.array([first, first, first])
+    found = jax.jit(scaled_by_its_sum)(x)
+    np.testing.assert_array_equal(found, x * jnp.sum(x))
+    batch = jnp.stack([x, x + x, x])
+    np.testing.assert_array_equal(
+        jax.jit(jax.vmap(scaled_by_its_sum))(batch), batch * batch.sum(1, keepdims=True)
+    )
+
+
+def test_nothing_is_kept_apart_without_an_entry():
+    chex.assert_shape(jax.jit(scaled_by_its_sum)(jnp.zeros((0, 3))), (0, 3))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="done on a CPU only")
+def test_a_clip_whose_state_is_known_is_kept_apart():
+    tx = gn.clip_by_global_norm(1.0)
+    grads = jnp.ones(1000, jnp.bfloat16)
+
+    def alone(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    def with_its_state(grads, state):
+        return tx.update(grads, state)
+
+    program = jax.jit(alone).lower(grads).compile().as_text()
+    given = jax.jit(with_its_state).lower(grads, tx.init(grads)).compile().as_text()
+    # Of the norm, in it of what is read again, and of the factors.
+    assert program.count(" conditional(") == given.count(" conditional(") == 3
+
+
 @pytest.mark.skipif(
     jax.__version_info__ >= (0, 11), reason="needs a GPU there to lower for one"
 )

@@ -34,24 +34,35 @@ def seldom(
     return choose(needed, *args)
 
 
-def apart(fun: Callable[..., Any], live: jax.Array, *args: Any) -> Any:
+def apart(fun: Callable[..., Any], *args: Any) -> Any:
     """Returns `fun(*args)`, kept on a CPU from being compiled into what uses it.
 
     There XLA repeats the few scalar operations that lead to a factor inside the kernel
     of every leaf, and computes what a sum reads again, entry by entry, inside the sum.
-    A branch keeps them apart, on one device. `live` must be true, and not be known to
-    be.
+    A branch that is always taken keeps them apart, on one device.
     """
     arrays = jax.tree.leaves(args)
     traced = any(isinstance(x, Tracer) for x in arrays)
-    if not traced or not all(map(is_on_one_device, arrays)):
+    some = next((k for k, x in enumerate(arrays) if jnp.size(x)), None)
+    if not traced or some is None or not all(map(is_on_one_device, arrays)):
         return fun(*args)
 
-    def behind_a_branch(live: jax.Array, *args: Any) -> Any:
+    def behind_a_branch(*args: Any) -> Any:
         result = jax.eval_shape(fun, *args)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
-        return jax.lax.cond(live, fun, lambda *_: nothing, *args)
+        entry = jax.lax.stop_gradient(jax.tree.leaves(args)[some]).reshape(-1)[0]
+        always = _no_square_is_2_modulo_4(jnp.real(entry).astype(jnp.int32))
+        return jax.lax.cond(always, fun, lambda *_: nothing, *args)
 
-    return jax.lax.platform_dependent(
-        live, *args, cpu=behind_a_branch, default=lambda live, *args: fun(*args)
-    )
+    return jax.lax.platform_dependent(*args, cpu=behind_a_branch, default=fun)
+
+
+@custom_vmap
+def _no_square_is_2_modulo_4(number: jax.Array) -> jax.Array:
+    """True, which no compiler finds out, and one truth for all that is mapped."""
+    return number * number % 4 != 2
+
+
+@_no_square_is_2_modulo_4.def_vmap
+def _(size: int, batched: list[bool], number: jax.Array) -> tuple[jax.Array, bool]:
+    return _no_square_is_2_modulo_4(number[0]), False

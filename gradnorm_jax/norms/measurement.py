@@ -81,13 +81,13 @@ def sharing(*folded: Folded) -> Iterator[None]:
 
 def fold(
     wanted: Sequence[tuple[Layout, Sequence[jax.Array], Norm]],
-    live: jax.Array | None = None,
+    apart: bool = False,
 ) -> list[Folded]:
     """Folds some trees by some norms.
 
     What is wanted of the same leaves is found in one traversal, and one norm of all
-    trees, on a mesh, with one collective. With `live`, as :func:`kernels.apart` takes
-    it, apart from what uses the norms.
+    trees, on a mesh, with one collective; `apart` from what uses the norms, as
+    :func:`kernels.apart` does it, where the leaves are scaled by them.
     """
     known = [_known(*own) for own in wanted]
     rest = [own for own, found in zip(wanted, known, strict=True) if found is None]
@@ -106,7 +106,7 @@ def fold(
         values.append(jax.lax.stop_gradient(members) if by_slope else members)
     compute = functools.partial(_cells, tuple(asked), kernels.chosen())
     given = tuple(values)
-    cells = compute(given) if live is None else kernels.apart(compute, live, given)
+    cells = kernels.apart(compute, given) if apart else compute(given)
     computed = {
         k: Folded(members, found[norms.index(rest[k][2])], layout, rest[k][2])
         for at, (layout, norms), members, found in zip(
