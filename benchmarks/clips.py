@@ -33,7 +33,8 @@ def rows(options: Options) -> Iterator[Row]:
         if name == "llama" and dtype != jnp.float32 and not options.whole:
             continue
         grads = trees.fill(options.shapes(name), dtype)
-        yield from _clip(options, name, dtype, grads, donated=False)
+        if name != "llama" or options.whole:
+            yield from _clip(options, name, dtype, grads, donated=False)
         if name in DONATED:
             yield from _clip(options, name, dtype, grads, donated=True)
 

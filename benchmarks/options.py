@@ -84,7 +84,7 @@ def machine(given: argparse.Namespace, options: Options) -> dict[str, Any]:
     """Returns what rows are to be read with: the machine, versions, the command."""
     names = ("jax", "jaxlib", "optax", "numpy", *(("torch",) if options.torch else ()))
     return {
-        "device": f"{jax.devices()[0].device_kind} ({options.device})",
+        "device": jax.devices()[0].device_kind,
         "processor": _processor(),
         "cores": timing.cores(),
         "versions": {name: importlib.metadata.version(name) for name in names}

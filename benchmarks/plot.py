@@ -8,7 +8,17 @@ from benchmarks.rows import Row, described
 
 COLORS = ("#2868a8", "#b8690b", "#00876c", "#8a4fa3", "#d02f3e", "#b39b00")
 MORE = "#9a9a9a"  # of the peers that few rows have
+MISSED = "#e0002a"
 ROW_HEIGHT = 0.2  # inches
+
+
+def can_draw(path: pathlib.Path) -> bool:
+    """Whether matplotlib is there, and knows the kind of file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    return path.suffix[1:] in Figure().canvas.get_supported_filetypes()
 
 
 def draw(path: pathlib.Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:
@@ -36,7 +46,10 @@ def draw(path: pathlib.Path, rows: Sequence[Row], machine: dict[str, Any]) -> No
         )
         named.add(name)
         if row.limits.at_most is not None:
-            axes.plot(row.limits.at_most, place, "|", color="0.2", markersize=9)
+            is_kept = round(row.ratio, 2) <= row.limits.at_most
+            color = "0.2" if is_kept else MISSED
+            style = {"markersize": 9, "markeredgewidth": 1 + is_kept, "zorder": 3}
+            axes.plot(row.limits.at_most, place, "|", color=color, **style)
     _label(axes, rows, places, titles)
     _scale(axes, rows)
     figure.text(0.01, -0.01, described(machine), fontsize=6.5, color="0.35", va="top")
@@ -120,6 +133,6 @@ def _scale(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlabel(
         "time of ours / time of the peer, from the first to the third quartile;"
-        " a short stroke is a limit",
+        " a short stroke is a limit, red where it is missed",
         fontsize=8,
     )

@@ -51,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the suites and prints one line for each row.
 
     Returns:
-      The exit code: 1 if limits are to be checked and one was missed, else 0.
+      The exit code: 1 if limits are to be checked and one was missed, or nothing was
+      measured, else 0.
     """
     parser = _parser()
     given = parser.parse_args(arguments)
     options = _chosen(given, parser.error)
-    suites = given.only or [
+    suites = list(dict.fromkeys(given.only or [])) or [
         name for name in SUITES if not (options.quick and name in NOT_QUICK)
     ]
     facts = machine(given, options)
@@ -70,25 +71,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name in suites:
             for row in SUITES[name](options):
+                if options.tiny:  # what means nothing is held against nothing
+                    row = row._replace(limits=rows.Limits())
                 print(rows.line(row), flush=True)
                 found.append(row)
     finally:  # what was measured is not lost when a suite fails or is stopped
-        if given.json:
-            rows.write_json(given.json, found, facts)
-        if given.markdown:
-            rows.write_markdown(given.markdown, found, facts)
-    if given.plot:
-        plot.draw(given.plot, found, facts)
-    return _checked(found) if given.check else 0
+        for path, write in (
+            (given.json, rows.write_json),
+            (given.markdown, rows.write_markdown),
+            (given.plot, plot.draw),
+        ):
+            if path:
+                write(path, found, facts)
+    return _checked(found, given.check)
 
 
-def _checked(found: list[rows.Row]) -> int:
+def _checked(found: list[rows.Row], check: bool) -> int:
+    """Says which limits were kept, and returns the exit code."""
+    if not found:
+        print("\nnothing was measured")
+        return 1
     missed = rows.missed(found)
-    limits = sum(len(rows.kept(row)) for row in found)
-    print(f"\n{limits - len(missed)} of {limits} limits are kept")
+    if limits := sum(len(rows.kept(row)) for row in found):
+        print(f"\n{limits - len(missed)} of {limits} limits are kept")
     for text in missed:
         print(text)
-    return 1 if missed else 0
+    return 1 if check and missed else 0
 
 
 def _left_out(options: Options, suites: Sequence[str]) -> Iterator[str]:
@@ -120,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--only",
+        action="extend",
         nargs="+",
         metavar="NAME",
         choices=list(SUITES),
@@ -146,9 +155,20 @@ def _parser() -> argparse.ArgumentParser:
         help="tiny trees: tries the program, the times mean nothing",
     )
     examples = made.add_argument_group("per-example norms (--only examples)")
-    examples.add_argument("--model", nargs="+", choices=models.MODELS)
-    examples.add_argument("--arm", nargs="+", choices=per_example.ARMS)
-    examples.add_argument("--batch", nargs="+", type=_positive, help="batch sizes")
+    for name, words, text in (
+        ("model", list(models.MODELS), "only these models"),
+        ("arm", list(per_example.ARMS), "only these ways"),
+    ):
+        examples.add_argument(
+            f"--{name}",
+            nargs="+",
+            metavar="NAME",
+            choices=words,
+            help=f"{text}, of {', '.join(map(repr, words))}",
+        )
+    examples.add_argument(
+        "--batch", nargs="+", type=_positive, metavar="N", help="batch sizes"
+    )
     return made
 
 
@@ -159,6 +179,22 @@ def _chosen(given: argparse.Namespace, error: Callable[[str], Any]) -> Options:
     device = jax.default_backend()
     if given.device not in (None, device):
         error(f"there is no {given.device} here: JAX finds {jax.devices()}")
+    if given.only and "examples" not in given.only:
+        for name in ("model", "arm", "batch"):
+            if getattr(given, name):
+                error(f"--{name} is of per-example norms: add `examples` to --only")
+    if given.tiny and given.check:
+        error(
+            "--check holds what --tiny measures against limits, and that means nothing"
+        )
+    for name in ("json", "markdown", "plot"):
+        if path := getattr(given, name):
+            _check_file(path, f"--{name} {path}", error)
+    if given.plot and not plot.can_draw(given.plot):
+        error(
+            f"--plot {given.plot}: needs matplotlib (`pip install -e '.[plot]'`) and"
+            " a file that it knows, such as rows.png"
+        )
     return Options(
         device,
         given.quick,
@@ -171,8 +207,19 @@ def _chosen(given: argparse.Namespace, error: Callable[[str], Any]) -> Options:
     )
 
 
+def _check_file(path: pathlib.Path, words: str, error: Callable[[str], Any]) -> None:
+    """Refuses a file that cannot be written when all is measured."""
+    if path.is_dir():
+        error(f"{words}: is a folder, name a file")
+    if not path.parent.is_dir():
+        error(f"{words}: there is no folder {path.parent}")
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
     return value

@@ -12,21 +12,20 @@ from typing import Any, NamedTuple
 
 MIB = 2**20
 GRACE = 3 * MIB  # of temporary memory: small programs hold a few buffers of any kind
-WIDTHS = {
-    "what": 24,
-    "tree": 20,
+#: The columns of a line on a terminal, 120 wide; a written table has some more.
+SHOWN = {
+    "what": 22,
+    "tree": 19,
     "dtype": 8,
     "peer": 21,
-    "ours ms": 9,
-    "theirs ms": 9,
+    "ours ms": 8,
     "ratio": 5,
-    "quartiles": 11,
-    "of stream": 9,
-    "compile ms": 13,
-    "temp MiB": 15,
-    "limit": 8,
+    "quartiles": 9,
+    "stream": 6,
+    "limits": 6,
 }
-NUMBERS = {"ours ms", "theirs ms", "ratio", "of stream", "compile ms", "temp MiB"}
+NUMBERS = {"ours ms", "theirs ms", "ratio", "stream", "compile ms", "temp MiB"}
+FEW = 4  # rounds, of which there are no quartiles to speak of
 
 
 class Limits(NamedTuple):
@@ -131,36 +130,41 @@ def missed(rows: Iterable[Row]) -> list[str]:
 
 
 def header() -> str:
-    """Returns the first two lines of a table of rows."""
-    lines = [name.ljust(width) for name, width in WIDTHS.items()]
-    rule = [
-        "-" * (width + 1) + (":" if name in NUMBERS else "-")
-        for name, width in WIDTHS.items()
-    ]
-    return f"| {' | '.join(lines)} |\n|{'|'.join(rule)}|"
+    """Returns the names of the columns of `line`, above a rule."""
+    return f"{_set({name: name for name in SHOWN})}\n{'-' * 120}"
 
 
 def line(row: Row) -> str:
-    """Returns a row as one line of a table, with `missed` beside what is not kept."""
-    cells = {
+    """Returns a row as one line for a terminal, with `missed` where a limit is."""
+    is_missed = any(not is_kept for _, is_kept in kept(row))
+    return _set(_cells(row) | {"limits": "missed" if is_missed else ""})
+
+
+def _set(cells: dict[str, str]) -> str:
+    """Sets the cells that are shown, numbers to the right."""
+    return "  ".join(
+        cells[name].rjust(width) if name in NUMBERS else cells[name].ljust(width)
+        for name, width in SHOWN.items()
+    ).rstrip()
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """Returns all there is to say of a row, by the names of columns."""
+    spread = row.low is not None and not (row.rounds and row.rounds < FEW)
+    return {
         "what": row.what,
         "tree": row.tree,
         "dtype": row.dtype,
         "peer": row.peer,
-        "ours ms": "not run" if row.ours_ms is None else f"{row.ours_ms:.3f}",
-        "theirs ms": _number(row.theirs_ms, ".3f"),
+        "ours ms": "not run" if row.ours_ms is None else f"{row.ours_ms:.2f}",
+        "theirs ms": _number(row.theirs_ms, ".2f"),
         "ratio": _number(row.ratio, ".2f"),
-        "quartiles": "" if row.low is None else f"{row.low:.2f}-{row.high:.2f}",
-        "of stream": _number(row.share, ".2f"),
+        "quartiles": f"{row.low:.2f}-{row.high:.2f}" if spread else "",
+        "stream": _number(row.share, ".2f"),
         "compile ms": _both(row.build_ms, row.peer_build_ms, 1, ".0f"),
         "temp MiB": _both(row.memory, row.peer_memory, MIB, ".1f"),
-        "limit": _limits(row),
+        "limits": _limits(row),
     }
-    texts = [
-        text.rjust(WIDTHS[name]) if name in NUMBERS else text.ljust(WIDTHS[name])
-        for name, text in cells.items()
-    ]
-    return f"| {' | '.join(texts)} |"
 
 
 def write_json(
@@ -184,7 +188,11 @@ def write_markdown(
         by_suite.setdefault(row.suite, []).append(row)
     text = f"# Benchmarks\n\n{described(machine)}\n"
     for suite, own in by_suite.items():
-        text += "\n".join([f"\n## {suite}\n", header(), *map(line, own), ""])
+        tables = [_cells(row) for row in own]
+        rule = ["---:" if name in NUMBERS else "---" for name in tables[0]]
+        lines = [tables[0], rule, *(cells.values() for cells in tables)]
+        text += f"\n## {suite}\n\n"
+        text += "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     path.write_text(text)
 
 

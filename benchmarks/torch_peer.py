@@ -20,7 +20,7 @@ def why_missing(device: str) -> str | None:
     try:
         import torch
     except ImportError:
-        return "torch, which is not installed"
+        return "torch, which is not installed (`pip install -e '.[bench]'`)"
     if device == "cpu" or (device == "gpu" and torch.cuda.is_available()):
         return None
     return f"torch, which finds no {device} here"

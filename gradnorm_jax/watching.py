@@ -59,9 +59,10 @@ def watch(
       every: Of how many updates one is recorded, from the first on.
       record: Which of "grad", "update" and "param" to measure; and of each part of the
         gradients, on request, "grad_max", the largest absolute value, "grad_zeros" and
-        "grad_nonfinite", how many entries are exactly 0, NaN or infinite. With
-        "noise_scale" also the number that `update(noise_scale=...)` is given, such as
-        the one that `running_noise_scale` reads; it is not handed on to `tx`.
+        "grad_nonfinite", how many entries are exactly 0, as a subnormal number may be
+        to XLA, and how many are NaN or infinite. With "noise_scale" also the number
+        that `update(noise_scale=...)` is given, such as the one that
+        `running_noise_scale` reads; it is not handed on to `tx`.
       groups: Labels by which leaves have one norm together instead of one each, as in
         `group_norms`.
       stacked_axes: The axis along which a leaf stacks layers, as in `leaf_norms`.

@@ -299,8 +299,8 @@ def test_bench_prints_the_cost_of_both_carriers(monkeypatch, capsys):
     assert cli.main(["bench", "--leaves", "5"]) == 0
     out = capsys.readouterr().out
     assert "in 5 leaves" in out
-    for arm in ("no record", "returned vector", "ring in the state"):
-        assert re.search(rf"{arm} +\d+\.\d\d\d", out)
+    for arm in ("no record", "returned: measure", "in state: watch"):
+        assert re.search(rf"{arm} +\d+\.\d\d", out)
 
 
 def test_bench_all_hands_its_options_to_the_benchmarks_of_a_checkout(monkeypatch):

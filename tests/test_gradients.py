@@ -196,3 +196,45 @@ def test_steps_with_memory_can_be_differentiated_with_a_leaf_of_zeros(name):
     slope = jax.jit(jax.grad(total))(jnp.array([0.6, -0.3]))
     assert np.all(np.isfinite(slope))
     assert np.any(slope != 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("size", [2**16 - 1, 2**16])
+@pytest.mark.parametrize("order", [2, math.inf])
+def test_a_slope_does_not_depend_on_how_a_leaf_is_read(order, dtype, size):
+    places = [3, size // 2, size - 1]
+    x = jnp.zeros(size, dtype).at[jnp.array(places)].set(jnp.array([1, -2, 0.5], dtype))
+    slope = jax.jit(jax.grad(lambda x: gn.global_norm(x, ord=order)))(x)
+    want = reference.slope(np.array([1, -2, 0.5]), order)
+    found = np.real(np.asarray(slope[jnp.array(places)]).astype(np.complex64))
+    np.testing.assert_allclose(found, want, rtol=4e-3 if x.itemsize < 4 else 1e-5)
+    assert np.count_nonzero(slope) == np.count_nonzero(want)
+
+
+@pytest.mark.parametrize("size", [1000, 2**16])
+def test_equal_largest_entries_share_the_slope(size):
+    slope = jax.grad(lambda x: gn.global_norm(x, ord=math.inf))(jnp.ones(size))
+    np.testing.assert_allclose(slope, np.full(size, 1 / size), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [100, 2**16 + 1])
+@pytest.mark.parametrize("jit", [lambda fun: fun, jax.jit])
+def test_details_do_not_change_the_slope_of_what_is_beside_them(size, jit):
+    x = jnp.arange(1.0, size + 1) / size
+    details = ("grad_max", "grad_zeros", "grad_nonfinite")
+    row = lambda x: gn.measure(x, details=details).values  # noqa: E731
+    norm, largest, zeros, nonfinite = (
+        jit(jax.grad(lambda x, k=k: row(x)[k]))(x) for k in (0, 1, 2, 3)
+    )
+    np.testing.assert_allclose(norm, x / np.linalg.norm(np.float64(x)), rtol=1e-5)
+    np.testing.assert_array_equal(largest, np.arange(size) == size - 1)
+    np.testing.assert_array_equal(zeros, 0)
+    np.testing.assert_array_equal(nonfinite, 0)
+    clip = gn.clip_by_global_norm(1.0)
+    watched = gn.watch(clip, record=("grad", *details))
+
+    def slope(tx):
+        state = tx.init(x)
+        return jit(jax.grad(lambda x: jnp.sum(tx.update(x, state)[0][:3])))(x)
+
+    np.testing.assert_allclose(slope(watched), slope(clip), rtol=1e-5)

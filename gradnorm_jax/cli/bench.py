@@ -41,15 +41,16 @@ def run(options: argparse.Namespace) -> int:
     number = sum(x.size for x in leaves)
     device = jax.devices()[0]
     print(
-        f"AdamW on {number / 1e6:.1f} M parameters in {len(leaves):,} leaves, on"
+        f"AdamW on {number / 1e6:.1f} M parameters in {_counted(leaves)}, on"
         f" {device.device_kind} ({os.cpu_count()} cores), jax {jax.__version__};\n"
-        f"rows are drained to files every {_EVERY} steps and looked through."
+        f"rows are drained to files every {_EVERY} steps and looked through.\n"
+        f"{_ROUNDS} rounds of {_EVERY} steps each; a ratio is the median of theirs."
     )
     with tempfile.TemporaryDirectory() as directory:
         arms = {
             "no record": _plain(params, batch),
-            "returned vector": _returned(params, batch, Path(directory, "vector")),
-            "ring in the state": _ring(params, batch, Path(directory, "ring")),
+            "returned: measure": _returned(params, batch, Path(directory, "vector")),
+            "in state: watch": _ring(params, batch, Path(directory, "ring")),
         }
         seconds = _in_turn(arms)
     first = seconds["no record"]
@@ -57,9 +58,9 @@ def run(options: argparse.Namespace) -> int:
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, first, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        rest = f"  {statistics.median(ratios):15.3f}  {low:.3f} to {high:.3f}"
+        rest = f"  {statistics.median(ratios):15.2f}  {low:.2f} to {high:.2f}"
         print(
-            f"{name:17}  {1e3 * statistics.median(times):11.3f}"
+            f"{name:17}  {1e3 * statistics.median(times):11.2f}"
             f"{'' if times is first else rest}"
         )
     return 0
@@ -181,6 +182,10 @@ def _network(leaves: int) -> tuple[dict, jax.Array]:
             layer["bias"] = jnp.zeros(width)
         params[f"dense{number:04}"] = layer
     return params, jnp.asarray(rng.normal(size=(_BATCH, width)), jnp.float32)
+
+
+def _counted(leaves: Sequence[Any]) -> str:
+    return "1 leaf" if len(leaves) == 1 else f"{len(leaves):,} leaves"
 
 
 def _say(text: str) -> None:

@@ -16,6 +16,7 @@ def seldom(
 ) -> Any:
     """Returns `rare(*args)` where it is needed; it must be right where it is not, too.
 
+    It has no derivative in reverse: what enters must have none, or one of its own.
     Under `vmap`, where a branch would be computed for all anyway, there is none: JAX
     chooses there between all that enters a branch, which fails on Explicit axes, and in
     `shard_map` for what is the same on every device.
@@ -46,23 +47,27 @@ def apart(fun: Callable[..., Any], *args: Any) -> Any:
     some = next((k for k, x in enumerate(arrays) if jnp.size(x)), None)
     if not traced or some is None or not all(map(is_on_one_device, arrays)):
         return fun(*args)
+    run = jax.jit(fun, inline=True)  # traced once
 
     def behind_a_branch(*args: Any) -> Any:
-        result = jax.eval_shape(fun, *args)
+        result = jax.eval_shape(run, *args)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
         entry = jax.lax.stop_gradient(jax.tree.leaves(args)[some]).reshape(-1)[0]
         always = _no_square_is_2_modulo_4(jnp.real(entry).astype(jnp.int32))
-        return jax.lax.cond(always, fun, lambda *_: nothing, *args)
+        return jax.lax.cond(always, run, lambda *_: nothing, *args)
 
-    return jax.lax.platform_dependent(*args, cpu=behind_a_branch, default=fun)
+    return jax.lax.platform_dependent(*args, cpu=behind_a_branch, default=run)
 
 
 @custom_vmap
 def _no_square_is_2_modulo_4(number: jax.Array) -> jax.Array:
-    """True, which no compiler finds out, and one truth for all that is mapped."""
+    """True, which XLA does not find out, and one truth for all that is mapped.
+
+    It holds of products that wrap around, too.
+    """
     return number * number % 4 != 2
 
 
 @_no_square_is_2_modulo_4.def_vmap
 def _(size: int, batched: list[bool], number: jax.Array) -> tuple[jax.Array, bool]:
-    return _no_square_is_2_modulo_4(number[0]), False
+    return _no_square_is_2_modulo_4(jnp.sum(number)), False

@@ -63,11 +63,12 @@ def reduce_leaves(
       dtype: What is computed and returned in.
       interpret: Whether JAX runs the kernel step by step, which it does anywhere.
     """
+    launches = _launches(leaves)
     found = [
-        _reduced(reductions, [leaves[k] for k in at], dtype, interpret=interpret)
-        for at in _launches(leaves)
+        _launched(reductions, [leaves[k] for k in at], dtype, interpret=interpret)
+        for at in launches
     ]
-    order = np.argsort(list(itertools.chain(*_launches(leaves))))
+    order = np.argsort(list(itertools.chain(*launches)))
     empty = jnp.zeros((0, len(reductions)), dtype)
     cells = jnp.concatenate([*found, empty])[order.astype(int)]
     return [cells[:, k] for k in range(len(reductions))]
@@ -94,7 +95,7 @@ def _places(leaves: Sequence[jax.Array]) -> list[_Place]:
     ]
 
 
-def _reduced(
+def _launched(
     reductions: Sequence[Reduction],
     leaves: Sequence[jax.Array],
     dtype: jnp.dtype,

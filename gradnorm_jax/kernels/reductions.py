@@ -16,8 +16,8 @@ from gradnorm_jax.kernels.branches import seldom
 # On a CPU, XLA reduces one entry at a time but where it knows a library, and for that
 # it finds less work for several cores. So rows are joined to one another: so many at a
 # time that what is kept of them hardly counts, and so long that cores share a row, and
-# that a round fits into their caches. Measured on two cores with 2 MiB each, where rows
-# of an odd length took five times as long.
+# that a round fits into their caches. Measured on two cores with 2 MiB each; rows of an
+# odd length took five times as long there.
 _ROWS = 8
 _ROUND = 2**18
 _ALIGNED = 64
@@ -98,11 +98,13 @@ def reduce_cells(
     With "pallas", leaves that are whole and real are read by its kernel.
     """
     # What many cells are stays in order: to put it there again would take its time.
-    tiny = [x.size < _TINY and not axes for x, axes in zip(leaves, kept, strict=True)]
-    groups = _alike(leaves, kept, tiny)
+    together = [
+        x.size < _TINY and not axes and implementation == "xla"
+        for x, axes in zip(leaves, kept, strict=True)
+    ]
+    groups = _alike(leaves, kept, together)
     known: dict[int, list[jax.Array]] = {}
     if implementation == "pallas":
-        groups = [[i] for i in range(len(leaves))]
         known = _by_pallas(reductions, leaves, kept, dtype)
     found = []
     for members in groups:
@@ -117,10 +119,10 @@ def reduce_cells(
             own = [reduction.over(stack, axes, dtype) for reduction in reductions]
         found.append([_laid_out(x) for x in own])
     order = _order(groups, leaves, kept)
-    together = [[own[k] for own in found] for k in range(len(reductions))]
-    if not together[0]:
+    if not found:
         return [jnp.zeros((0,), dtype) for _ in reductions]
-    return [_ordered(jnp.concatenate(x), order) for x in together]
+    every = zip(*found, strict=True)
+    return [_ordered(jnp.concatenate(cells), order) for cells in every]
 
 
 def reduce_again(
@@ -200,13 +202,20 @@ def _reduced(
     axes: tuple[int, ...],
     dtype: jnp.dtype,
 ) -> list[jax.Array]:
-    def at_once(x: jax.Array) -> list[jax.Array]:
-        return [reduction.over(x, axes, dtype) for reduction in reductions]
-
     if not _is_for_rows(reductions, x, axes):
-        return at_once(x)
-    by_rows = functools.partial(_by_rows, reductions, dtype)  # traced once for a shape
+        return _at_once(reductions, dtype, axes, x)
+    at_once = functools.partial(_at_once, reductions, dtype, axes)
+    by_rows = functools.partial(_by_rows, reductions, dtype)
     return jax.lax.platform_dependent(x, cpu=by_rows, default=at_once)
+
+
+def _at_once(
+    reductions: tuple[Reduction, ...],
+    dtype: jnp.dtype,
+    axes: tuple[int, ...],
+    x: jax.Array,
+) -> list[jax.Array]:
+    return [reduction.over(x, axes, dtype) for reduction in reductions]
 
 
 def _by_pallas(
@@ -234,9 +243,10 @@ def _is_for_rows(
     reductions: tuple[Reduction, ...], x: jax.Array, axes: tuple[int, ...]
 ) -> bool:
     alone = reductions == (squares,)
-    if alone and x.dtype == jnp.bfloat16:
+    if alone and x.dtype == jnp.bfloat16:  # the library is faster than rows of bits
         return False
-    least = _LARGE if alone and x.dtype != np.float16 else _SMALL
+    in_library = alone and x.dtype != np.float16 and not jnp.iscomplexobj(x)
+    least = _LARGE if in_library else _SMALL
     return (
         len(axes) == x.ndim
         and least <= x.size < 2**31  # an index has 32 bits
@@ -244,11 +254,16 @@ def _is_for_rows(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)  # traced once
 def _by_rows(
     reductions: tuple[Reduction, ...], dtype: jnp.dtype, x: jax.Array
 ) -> list[jax.Array]:
-    """Joins the rows of a leaf to one another, and then the entries of what is left."""
+    """Joins the rows of a leaf to one another, and then the entries of what is left.
+
+    The derivative is that of all entries at once: that of a join would depend on where
+    equal entries stand, and the bits of bfloat16 have none.
+    """
     own, x = x.dtype, x.reshape(-1)
     if own == jnp.bfloat16:  # in a loop it would be held in float32
         x = jax.lax.bitcast_convert_type(x, np.uint16)
@@ -256,7 +271,7 @@ def _by_rows(
     length = x.size // (rounds * _ROWS) // _ALIGNED * _ALIGNED
 
     def step(k: jax.Array, pairs: list[jax.Array]) -> list[jax.Array]:
-        joined = _apart(pairs, len(reductions))
+        joined = _unpaired(pairs, len(reductions))
         for row in range(_ROWS):
             start = (k * _ROWS + row) * length
             part = jax.lax.dynamic_slice_in_dim(x, start, length)
@@ -269,7 +284,7 @@ def _by_rows(
 
     start = _in_pairs([jnp.zeros(length, dtype)] * len(reductions))
     pairs = jax.lax.fori_loop(0, rounds, step, start)
-    joined = _apart(pairs, len(reductions))
+    joined = _unpaired(pairs, len(reductions))
     rest = x[rounds * _ROWS * length :]
     rest = jax.lax.bitcast_convert_type(rest, own) if own != x.dtype else rest
     return [
@@ -278,15 +293,27 @@ def _by_rows(
     ]
 
 
+@_by_rows.defjvp
+def _by_rows_jvp(
+    reductions: tuple[Reduction, ...], dtype: jnp.dtype, primals: tuple, tangents: tuple
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    axes = tuple(range(primals[0].ndim))
+    at_once = functools.partial(_at_once, reductions, dtype, axes)
+    return jax.jvp(at_once, primals, tangents)
+
+
 def _in_pairs(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Puts two arrays into a complex one: XLA reads what an array is made of for it."""
+    """Packs two arrays into a complex one.
+
+    A fused loop of XLA has one array to write: what is not in it reads the rows again.
+    """
     pairs = [
         jax.lax.complex(*two) for two in zip(arrays[::2], arrays[1::2], strict=False)
     ]
     return pairs + arrays[2 * len(pairs) :]
 
 
-def _apart(pairs: list[jax.Array], count: int) -> list[jax.Array]:
+def _unpaired(pairs: list[jax.Array], count: int) -> list[jax.Array]:
     parts = [part(x) for x in pairs[: count // 2] for part in (jnp.real, jnp.imag)]
     return parts + pairs[count // 2 :]
 

@@ -68,10 +68,13 @@ def partials(
     dtype = accumulator(leaves)
     found = kernels.reduce_cells(wanted, leaves, kept, dtype, implementation)
     known = dict(zip(wanted, found, strict=True))
-    return [
-        norm.complete(leaves, kept, *(known[one] for one in norm.reductions))
-        for norm in norms
-    ]
+
+    def complete(norm: Norm) -> jax.Array:
+        given = leaves, [known[one] for one in norm.reductions]
+        own, sums = given if norm.slope is None else jax.lax.stop_gradient(given)
+        return norm.complete(own, kept, *sums)
+
+    return [complete(norm) for norm in norms]
 
 
 def accumulator(leaves: Leaves) -> jnp.dtype:
@@ -306,7 +309,13 @@ def _counted(
 ) -> Norm:
     """A count is a fold too, though no norm."""
     return Norm(
-        name, (reduction,), complete, _sum_partials, lambda x: x[..., 0], across="sum"
+        name,
+        (reduction,),
+        complete,
+        _sum_partials,
+        lambda partials: partials[..., 0],
+        lambda x, norm, size: jnp.zeros_like(x),
+        "sum",
     )
 
 

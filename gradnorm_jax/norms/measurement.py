@@ -81,6 +81,7 @@ def sharing(*folded: Folded) -> Iterator[None]:
 
 def fold(
     wanted: Sequence[tuple[Layout, Sequence[jax.Array], Norm]],
+    *,
     apart: bool = False,
 ) -> list[Folded]:
     """Folds some trees by some norms.
@@ -134,7 +135,9 @@ def first_nonfinite_leaf(layout: Layout, sound: jax.Array | np.ndarray) -> jax.A
     if not sound.size:
         return jnp.full((), -1, jnp.int32)
     ends = jnp.asarray(layout.offsets[1:])
-    member = jnp.searchsorted(ends, jnp.argmin(sound), side="right")
+    # Any other method is a loop, which fails under `vmap` on Explicit axes.
+    first = jnp.argmin(sound)
+    member = jnp.searchsorted(ends, first, side="right", method="compare_all")
     return jnp.where(jnp.all(sound), -1, jnp.asarray(layout.members)[member])
 
 

@@ -44,7 +44,9 @@ def global_norm(
 
     Guarantees:
       - Right wherever the norm itself fits into its dtype, though the sum of squares
-        may not: entries of 300 in float16, of 3e19 or 1e-30 in float32.
+        may not: entries of 300 in float16, of 3e19 or 1e-30 in float32. Entries that
+        are subnormal in the dtype of the norm count as 0 where XLA flushes them, as it
+        does on a CPU.
       - Leaves of bfloat16 and float16 are accumulated in float32.
       - A NaN in the tree gives NaN, an infinity gives infinity.
       - Differentiable; the gradient of the norm at 0 is 0.

@@ -177,7 +177,8 @@ def scalars(state: Tree) -> dict[str, Any]:
         raise ValueError(
             "`scalars(state)` found no clip of gradnorm_jax inside the state. Chain"
             " one, such as `gradnorm_jax.clip_by_global_norm(1.0)`; to only measure,"
-            " give it the limit `jnp.inf`."
+            " give it the limit `jnp.inf`. What `watch` records a"
+            " `monitoring.Monitor` reads."
         )
     # On the host the figures are computed there too, by NumPy: one process of many may
     # ask for them alone.

@@ -60,6 +60,16 @@ def test_a_named_vmapped_axis_is_summed_over_on_a_mesh_too(mesh):
     np.testing.assert_allclose(norms, [want] * EXAMPLES, rtol=2e-6)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_clip_under_vmap_bounds_each_example(mesh, split):
+    plain = batch()
+    specs = {name: P("d") for name in plain} if split else SPECS
+    tx = gn.clip_by_global_norm(1.0)
+    run = jax.jit(jax.vmap(lambda grads: tx.update(grads, tx.init(grads))[0]))
+    clipped = jax.tree.map(np.asarray, run(put(mesh, plain, specs)))
+    np.testing.assert_allclose(each_example(clipped), np.ones(EXAMPLES), rtol=2e-6)
+
+
 def test_a_clip_under_a_named_vmap_bounds_all_examples_together():
     plain = batch()
     clip = gn.clip_by_global_norm(1.0, axis_names="examples")
