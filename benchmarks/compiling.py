@@ -12,6 +12,8 @@ from benchmarks.options import Options
 from benchmarks.rows import Row
 from benchmarks.timing import build_cold
 
+ROUNDS = 3
+
 
 def rows(options: Options) -> Iterator[Row]:
     """Compares what XLA takes, and what tracing takes before."""
@@ -19,7 +21,7 @@ def rows(options: Options) -> Iterator[Row]:
     xla: dict[str, list[float]] = {"ours": [], "optax": []}
     trace: dict[str, list[float]] = {"ours": [], "optax": []}
     programs = {}
-    for _ in range(options.rounds or (1 if options.quick else 5)):
+    for _ in range(options.rounds or (1 if options.quick else ROUNDS)):
         for peer, tx in clips().items():
             state = jax.eval_shape(tx.init, shapes)
             program = programs[peer] = build_cold(tx.update, shapes, state)

@@ -38,10 +38,11 @@ def rows(options: Options) -> Iterator[Row]:
 def cases(options: Options, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Returns the trees and dtypes that suffice: the largest tree not in float16.
 
-    A thousand leaves in bfloat16 take Optax most of a minute to compile.
+    It takes long to fill, and a thousand leaves in bfloat16 take Optax most of a minute
+    to compile.
     """
     for name in names:
-        last = {"llama": 2, "small": 3 if options.whole else 1}.get(name, 3)
+        last = 3 if name not in ("llama", "small") else 2 if options.whole else 1
         if options.quick:
             last = 2 if name == "gpt2" else 1
         for dtype in DTYPES[:last]:
