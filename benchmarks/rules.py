@@ -22,7 +22,7 @@ QUICK = ("percentile 1000",)
 def rows(options: Options) -> Iterator[Row]:
     """Compares rules of one granularity with a constant limit of the same."""
     thresholds, shrink = gn.thresholds, gn.shrink
-    grads = trees.fill(options.shapes("dense"), jnp.float32)
+    grads = trees.fill(options.shapes("wide"), jnp.float32)
     for settings, cases, own_limits in _groups():
         if options.quick:
             cases = {name: case for name, case in cases.items() if name in QUICK}
@@ -40,7 +40,7 @@ def rows(options: Options) -> Iterator[Row]:
         }
         yield from against_the_first(
             options,
-            Row("rules", "", "dense", "float32", ""),
+            Row("rules", "", "wide", "float32", ""),
             arms,
             limits=own_limits,
             seconds=len(arms) * options.seconds / (1 if options.whole else 2),

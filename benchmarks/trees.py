@@ -74,7 +74,7 @@ def huge(entries: int = 125_000_000) -> Shapes:
 
 
 def dense(layers: int = 50, width: int = 184) -> Shapes:
-    """A dense net: 1.7 M parameters in 100 leaves."""
+    """A dense net: 1.7 M parameters in 100 leaves, or in fewer and wider ones."""
     shapes = {}
     for layer in range(layers):
         shapes[f"dense{layer:02}/kernel"] = (width, width)
@@ -104,6 +104,7 @@ FULL = {
     "huge": huge(),
     "stacked": stacked(),
     "dense": dense(),
+    "wide": dense(layers=25, width=260),
     "many": many_leaves(),
     "matrices": matrices(),
 }
@@ -114,6 +115,7 @@ TINY = {
     "huge": huge(entries=100),
     "stacked": stacked(width=8, layers=2),
     "dense": dense(layers=2, width=8),
+    "wide": dense(layers=1, width=8),
     "many": many_leaves(blocks=2, width=8),
     "matrices": matrices(leaves=4, width=8),
 }

@@ -220,6 +220,7 @@ def test_a_run_without_a_row_fails(monkeypatch, capsys):
         ("huge", 125_000_000, 1, "huge 125M/1"),
         ("stacked", 85_054_464, 12, "stacked 85M/12"),
         ("dense", 1_702_000, 100, "dense 1.7M/100"),
+        ("wide", 1_696_500, 50, "wide 1.7M/50"),
         ("many", 10_080_000, 400, "many 10M/400"),
         ("matrices", 2_073_600, 100, "matrices 2.1M/100"),
     ],

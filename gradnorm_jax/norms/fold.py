@@ -69,10 +69,13 @@ def partials(
     found = kernels.reduce_cells(wanted, leaves, kept, dtype, implementation)
     known = dict(zip(wanted, found, strict=True))
 
+    step_by_step = any(norm.slope is None for norm in norms)
+
     def complete(norm: Norm) -> jax.Array:
         given = leaves, [known[one] for one in norm.reductions]
-        own, sums = given if norm.slope is None else jax.lax.stop_gradient(given)
-        return norm.complete(own, kept, *sums)
+        if step_by_step and norm.slope is not None:  # has a derivative of its own
+            given = jax.lax.stop_gradient(given)
+        return norm.complete(given[0], kept, *given[1])
 
     return [complete(norm) for norm in norms]
 
