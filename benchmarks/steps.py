@@ -51,7 +51,8 @@ def rows(options: Options) -> Iterator[Row]:
         cases += [("AdamW", "small", jnp.float32), ("SGD", "gpt2", jnp.bfloat16)]
     for optimizer, tree, dtype in cases:
         yield from _clipped(options, optimizer, tree, dtype)
-    yield from _watched(options, *WATCHED[0])
+    if not options.quick:
+        yield from _watched(options, *WATCHED[0])
 
 
 def _clipped(options: Options, optimizer: str, tree: str, dtype: Any) -> Iterator[Row]:
