@@ -91,11 +91,10 @@ def rows(options: Options) -> Iterator[Row]:
             continue
         specs = {name: cycle[k % len(cycle)] for k, name in enumerate(shapes)}
         grads = _fill(mesh, shapes, specs)
-        for what, compared in (
-            ("norm", _norms),
-            ("clip", _clips),
-            ("step", _steps),
-        ):
+        kinds = {"norm": _norms, "clip": _clips}
+        if options.whole or options.tiny:
+            kinds["step"] = _steps
+        for what, compared in kinds.items():
             arms = compared(mesh, specs, grads)
             yield from _measure(options, what, layout, arms)
 

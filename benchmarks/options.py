@@ -16,8 +16,8 @@ from benchmarks import timing, torch_peer, trees
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _SECONDS = 2.0  # for the rounds of one comparison, of a suite that was asked for
-_SECONDS_AMONG_ALL = 0.8
-_QUICK_SECONDS = 0.4
+_SECONDS_AMONG_ALL = 0.6
+_QUICK_SECONDS = 0.3
 
 
 @dataclasses.dataclass(frozen=True)

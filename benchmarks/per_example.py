@@ -86,6 +86,7 @@ def _arms() -> dict[str, Arm]:
 
 ARMS = _arms()
 QUICK = ("mlp", "gpt_scan", "cnn")  # one model of each kind
+AMONG_ALL = {False: ("gpt_scan",), True: ("mlp",)}  # of a run of all, and a quick one
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -94,7 +95,7 @@ def rows(options: Options) -> Iterator[Row]:
     In a run of all suites a few models have to do. About as many rounds of timing are
     run as fit into the time of a model, within `ROUNDS`.
     """
-    few = QUICK if options.alone and not options.tiny else QUICK[: 2 - options.quick]
+    few = QUICK if options.alone and not options.tiny else AMONG_ALL[options.quick]
     known = models.TINY if options.tiny else models.MODELS
     for name in options.models or (tuple(known) if options.whole else few):
         model = known[name]

@@ -36,7 +36,7 @@ BY_HAND = "optax and its norms"
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Compares steps of AdamW on every dtype, of SGD and Muon in float32."""
+    """Compares steps of AdamW on every dtype, of SGD, and of Muon if asked for."""
     muon_tree = "gpt2" if options.device != "cpu" else "dense"
     cases: list[tuple[str, str, Any]] = WATCHED[:1]
     if not options.quick:
@@ -45,10 +45,13 @@ def rows(options: Options) -> Iterator[Row]:
             ("AdamW", "gpt2", jnp.float16),
             ("AdamW", "stacked", jnp.float32),
             ("SGD", "gpt2", jnp.float32),
-            ("Muon", muon_tree, jnp.float32),
         ]
-    if options.whole:
-        cases += [("AdamW", "small", jnp.float32), ("SGD", "gpt2", jnp.bfloat16)]
+    if options.whole or options.tiny:
+        cases += [
+            ("Muon", muon_tree, jnp.float32),
+            ("AdamW", "small", jnp.float32),
+            ("SGD", "gpt2", jnp.bfloat16),
+        ]
     for optimizer, tree, dtype in cases:
         yield from _clipped(options, optimizer, tree, dtype)
     if not options.quick:
