@@ -86,7 +86,6 @@ def _arms() -> dict[str, Arm]:
 
 ARMS = _arms()
 QUICK = ("mlp", "gpt_scan", "cnn")  # one model of each kind
-AMONG_ALL = {False: ("gpt_scan",), True: ("mlp",)}  # of a run of all, and a quick one
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -95,7 +94,9 @@ def rows(options: Options) -> Iterator[Row]:
     In a run of all suites a few models have to do. About as many rounds of timing are
     run as fit into the time of a model, within `ROUNDS`.
     """
-    few = QUICK if options.alone and not options.tiny else AMONG_ALL[options.quick]
+    few = QUICK
+    if options.tiny or not options.alone:
+        few = QUICK[:1] if options.quick else QUICK[1:2]
     known = models.TINY if options.tiny else models.MODELS
     for name in options.models or (tuple(known) if options.whole else few):
         model = known[name]

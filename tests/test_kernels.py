@@ -192,9 +192,12 @@ def test_nothing_is_kept_apart_without_an_entry():
     chex.assert_shape(none, (0, 3))
 
 
+CLIP = gn.clip_by_global_norm(1.0)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="done on a CPU only")
-def test_a_clip_whose_state_is_known_is_kept_apart():
-    tx = gn.clip_by_global_norm(1.0)
+@pytest.mark.parametrize("tx", [CLIP, gn.watch(CLIP, record=("grad",))])
+def test_a_clip_is_kept_apart_also_where_its_state_is_known_or_it_is_watched(tx):
     grads = jnp.ones(1000, jnp.bfloat16)
 
     def alone(grads):

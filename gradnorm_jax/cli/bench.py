@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> int:
     params, batch = _network(options.leaves)
     leaves = jax.tree.leaves(params)
     number = sum(x.size for x in leaves)
-    device = jax.devices()[0]
+    device, noun = jax.devices()[0], "leaf" if len(leaves) == 1 else "leaves"
     print(
-        f"AdamW on {number / 1e6:.1f} M parameters in {_counted(leaves)}, on"
+        f"AdamW on {number / 1e6:.1f} M parameters in {len(leaves):,} {noun}, on"
         f" {device.device_kind} ({os.cpu_count()} cores), jax {jax.__version__};\n"
         f"rows are drained to files every {_EVERY} steps and looked through.\n"
         f"{_ROUNDS} rounds of {_EVERY} steps each; a ratio is the median of theirs."
@@ -182,10 +182,6 @@ def _network(leaves: int) -> tuple[dict, jax.Array]:
             layer["bias"] = jnp.zeros(width)
         params[f"dense{number:04}"] = layer
     return params, jnp.asarray(rng.normal(size=(_BATCH, width)), jnp.float32)
-
-
-def _counted(leaves: Sequence[Any]) -> str:
-    return "1 leaf" if len(leaves) == 1 else f"{len(leaves):,} leaves"
 
 
 def _say(text: str) -> None:

@@ -116,7 +116,7 @@ def reduce_cells(
         else:
             stack = jnp.stack([leaves[i] for i in members])
             axes = tuple(1 + k for k in summed)
-            own = [reduction.over(stack, axes, dtype) for reduction in reductions]
+            own = _at_once(tuple(reductions), dtype, axes, stack)
         found.append([_laid_out(x) for x in own])
     order = _order(groups, leaves, kept)
     if not found:
